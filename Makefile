@@ -1,0 +1,56 @@
+# Everything happens in a virtual environment of the project's own; nothing else has to be prepared.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help install demo test test-slow test-browser soak lint types clean
+
+help:
+	@echo "make demo           videos to a trained model and runs/demo/report.html (VIDEOS=/some/folder for your own)"
+	@echo "make test           the tests (minutes)"
+	@echo "make test-slow      compile, many-kills and other long tests"
+	@echo "make test-browser   pages in headless Chromium"
+	@echo "make lint types     ruff and mypy"
+	@echo "make clean          remove the virtual environment and everything built"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "framestream needs Python >= 3.10; set PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "could not create $(VENV): install your system's venv package (Debian: python3-venv)" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77"
+	@echo "installing framestream and what it needs into $(VENV) (PyTorch is large: this takes some minutes once)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/framestream demo --output runs/demo $(if $(VIDEOS),--videos "$(VIDEOS)")
+
+test: $(INSTALLED)
+	$(PYTEST)
+
+test-slow: $(INSTALLED)
+	$(PYTEST) -m slow
+
+test-browser: $(INSTALLED)
+	$(PYTEST) -m browser
+
+soak: $(INSTALLED)
+	$(PYTEST) -m soak
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy looks packages up by folder, so give it one in which the installed names hold.
+types: $(INSTALLED)
+	@mkdir -p build/types/framestream
+	@for p in pipeline model tools; do ln -sfn $(CURDIR)/$$p build/types/framestream/$$p; done
+	MYPYPATH=build/types $(BIN)/mypy -p framestream.pipeline -p framestream.model -p framestream.tools
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
