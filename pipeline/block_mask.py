@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from .errors import ConfigError
 
 if TYPE_CHECKING:
-    from .masks import FrameMask, FramePattern
+    from .frame_mask import FrameMask, FramePattern
 
 
 class FrameMaskMod:
