@@ -30,7 +30,7 @@ class Command:
     module: str
     function: str
     summary: str
-    positional: tuple[str, str] | None = None  # (parameter, nargs)
+    positional: tuple[str, str] | None = None  # (parameter, nargs or "" for exactly one)
 
 
 COMMANDS = {
@@ -38,6 +38,7 @@ COMMANDS = {
     "verify": Command("verify", "verify", "read a shard set back and check everything", ("directory", "")),
     "train": Command("train", "train", "train a model from a config"),
     "demo": Command("demo", "demo", "videos to a trained model and a report, in one go"),
+    "bench": Command("bench", "bench", "measure this machine, ours and others side by side", ("name", "")),
     "doctor": Command("doctor", "doctor", "say what this machine can do and what would be used"),
 }
 
@@ -93,7 +94,8 @@ def build_parser(name: str, function: Callable[..., int], positional: tuple[str,
         about = {"help": described.get(parameter.name, "")}
         option = "--" + parameter.name.replace("_", "-")
         if positional is not None and parameter.name == positional[0]:
-            parser.add_argument(parameter.name, **about, **({"nargs": positional[1]} if positional[1] else {}))
+            shape = {"nargs": positional[1]} if positional[1] else {"type": hints[parameter.name]}
+            parser.add_argument(parameter.name, **about, **shape)
         elif hints[parameter.name] is bool:
             flag = ActionYesNo(yes_prefix="", no_prefix="no-")
             parser.add_argument(option, action=flag, default=parameter.default, **about)
