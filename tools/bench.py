@@ -172,8 +172,7 @@ def _print(name: str, rows: list[Row]) -> None:
             *(f"{value:,.2f}" for value in row.ms.values()),
             *(f"{value:,.2f}" for value in row.facts.values()),
         )
-    console = Console()
-    console.print(table, width=max(console.width, 110), soft_wrap=True)
+    Console(width=max(Console().width, 120)).print(table)
 
 
 def _picture(name: str, rows: list[Row], path: Path) -> None:
