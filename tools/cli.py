@@ -31,12 +31,13 @@ class Command:
     function: str
     summary: str
     positional: tuple[str, str] | None = None  # (parameter, nargs or "" for exactly one)
+    parses_itself: bool = False  # the function takes the raw arguments
 
 
 COMMANDS = {
     "shard": Command("shard", "shard", "turn videos into shards", ("inputs", "+")),
-    "verify": Command("verify", "verify", "read a shard set back and check everything", ("directory", "")),
-    "train": Command("train", "train", "train a model from a config"),
+    "verify": Command("verify", "verify", "read a shard set back and check everything", ("folder", "")),
+    "train": Command("train", "main", "train a model from a config", parses_itself=True),
     "demo": Command("demo", "demo", "videos to a trained model and a report, in one go"),
     "bench": Command("bench", "bench", "measure this machine, ours and others side by side", ("name", "")),
     "doctor": Command("doctor", "doctor", "say what this machine can do and what would be used"),
@@ -73,6 +74,8 @@ def run(name: str, argv: Sequence[str]) -> int:
     """Parse `argv` for one subcommand and run it. Unknown options exit with code 2 and the usage line."""
     command = COMMANDS[name]
     function: Callable[..., int] = getattr(import_module(f"framestream.tools.{command.module}"), command.function)
+    if command.parses_itself:
+        return function(argv)
     parser = build_parser(name, function, command.positional)
     return function(**vars(parser.parse_args(list(argv))))
 

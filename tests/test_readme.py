@@ -1,0 +1,55 @@
+"""The code in README.md and docs/ runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from synthetic_shards import make_shards
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MARKED = re.compile(r"<!-- test: (?P<name>[\w-]+) -->\n```python\n(?P<code>.*?)```", re.DOTALL)
+BLOCKS = {(page.name, m["name"]): m["code"] for page in PAGES for m in MARKED.finditer(page.read_text())}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A folder as the pages assume it: `shards/` with a few clips."""
+    folder = tmp_path_factory.mktemp("project")
+    make_shards(folder / "shards", num_samples=6, samples_per_shard=3, num_frames=32)
+    return folder
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids="-".join)
+def test_code_on_the_pages_runs(block, project):
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKS[block]], cwd=project, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_python_block_is_tested_and_every_link_leads_somewhere(page):
+    text = page.read_text()
+    assert len(re.findall(r"^```python", text, re.MULTILINE)) == len(MARKED.findall(text))
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_commands_on_the_pages_exist():
+    from framestream.tools.cli import COMMANDS
+
+    makefile = (ROOT / "Makefile").read_text()
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+            for command in re.findall(r"^(?:.* )?framestream (\w+)", block, re.MULTILINE):
+                assert command in COMMANDS, command
+            for target in re.findall(r"(?:^|\s)make ([\w-]+)", block):
+                assert f"\n{target}:" in makefile, target
+    assert shutil.which("framestream", path=str(Path(sys.executable).parent))
