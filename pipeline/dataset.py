@@ -1,0 +1,183 @@
+"""Samples by position, with spares for those that cannot be used; and the map-style dataset on top of it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from .errors import SampleError
+from .health import NoSpareError, Reject
+from .order import SampleOrder
+from .sampling import Sampling
+from .shard_paths import ShardsArgument
+from .shards import ShardSet
+from .transforms import ClipRequest, ClipTransform, Crop, FrameHook, draw_at
+
+#: Samples tried for one position before the data as a whole is held to be unusable.
+MAX_ATTEMPTS = 32
+
+
+@dataclass
+class PlannedClip:
+    """A clip on its way: where it stands, what to decode, and what was rejected in its place so far."""
+
+    epoch: int
+    position: int
+    request: ClipRequest
+    rejects: list[Reject] = field(default_factory=list)
+
+
+class ClipSource:
+    """Clips by (epoch, position). A sample that fails is replaced by spares until one can be used.
+
+    Which spare follows from (seed, epoch, position, attempt) alone, so that every run, rank and worker count
+    replaces alike. `meta["spare_for"]` of a spare holds the key of the sample that it replaces and
+    `meta["rejects"]` lists what failed: shard, key and reason.
+    """
+
+    def __init__(self, shards: ShardSet, order: SampleOrder, transform: ClipTransform) -> None:
+        self.shards, self.order, self.transform = shards, order, transform
+        self._want = frozenset({"video", "json", "txt", *transform.fields})
+
+    def plan(self, epoch: int, position: int) -> PlannedClip:
+        """Read a sample and plan its frames, without decoding.
+
+        Raises:
+            NoSpareError: neither the sample nor any spare tried in its place can be used.
+            ShardError: a shard cannot be read.
+        """
+        rejects: list[Reject] = []
+        return PlannedClip(epoch, position, self._request(epoch, position, rejects), rejects)
+
+    def finish(self, planned: PlannedClip) -> dict[str, Any]:
+        """Decode a planned clip; raises as `plan`."""
+        while True:
+            try:
+                clip = self.transform.clip(planned.request)
+            except SampleError as err:
+                planned.rejects.append(_reject(planned.request.shard, planned.request.key, err))
+                planned.request = self._request(planned.epoch, planned.position, planned.rejects)
+                continue
+            if planned.rejects:
+                clip["meta"]["spare_for"] = planned.rejects[0]["key"]
+                clip["meta"]["rejects"] = clip["report"].rejects = planned.rejects
+            return clip
+
+    def clip(self, epoch: int, position: int) -> dict[str, Any]:
+        """Return the clip at a position; raises as `plan`."""
+        return self.finish(self.plan(epoch, position))
+
+    def _request(self, epoch: int, position: int, rejects: list[Reject]) -> ClipRequest:
+        while len(rejects) < MAX_ATTEMPTS:
+            attempt = len(rejects)
+            shard, sample = (
+                self.order.spare(epoch, position, attempt - 1) if attempt else self.order.at(epoch, position)
+            )
+            key = None
+            started = perf_counter()
+            try:
+                raw = self.shards.read(shard, sample, want=self._want)
+                key = raw.key
+                read = perf_counter()
+                draw = draw_at(self.order.seed, epoch, position, attempt)
+                request = self.transform.request(raw, draw=draw)
+            except SampleError as err:
+                key = key or self.shards.keys(shard)[sample]
+                rejects.append(_reject(self.shards.paths[shard], key, err))
+                continue
+            request.read_ms += (read - started) * 1e3
+            return request
+        reasons = " | ".join(dict.fromkeys(reject["reason"] for reject in rejects[-3:]))
+        raise NoSpareError(
+            f"{len(rejects)} samples in a row could not be used (position {position} of epoch {epoch}); look at "
+            f"the data with `framestream verify`. The last reasons: {reasons}",
+            rejects,
+        )
+
+
+class ClipDataset(Dataset[dict[str, Any]]):
+    """The clips of a set of shards by index, in stored order, for any DataLoader.
+
+    `dataset[i]` is a clip dict as `ClipTransform` describes it, and negative indices count from the end. Shuffling
+    is the sampler's business. Use `ClipCollator` as `collate_fn`:
+
+        DataLoader(ClipDataset("shards/", sampling=...), batch_size=8, shuffle=True, num_workers=4,
+                   collate_fn=ClipCollator(patches_per_frame=256))
+
+    A sample that cannot be used is replaced by a spare, marked in `meta` (`spare_for`, `rejects`).
+
+    Args:
+        shards: folder, tar, list, glob, brace pattern, URL, or a `ShardSet`.
+        sampling, image_size, crop, decoder, random_end, transform, fields, timeout_s: as in `ClipTransform`.
+        seed: seed of the random choices and spares.
+        storage_options: for remote shards, handed to fsspec.
+        cache_dir: where remote shards and their indexes are kept.
+
+    Raises:
+        ConfigError: for impossible settings, at once.
+        ShardError: there are no shards, or one cannot be indexed.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet | ShardsArgument,
+        *,
+        sampling: Sampling | Mapping[str, Any],
+        image_size: int = 224,
+        crop: Crop = "center",
+        decoder: str = "auto",
+        random_end: bool = False,
+        transform: FrameHook | None = None,
+        fields: Sequence[str] = (),
+        seed: int = 0,
+        storage_options: Mapping[str, Any] | None = None,
+        cache_dir: str | Path | None = None,
+        timeout_s: float = 30.0,
+    ) -> None:
+        clip_transform = ClipTransform(
+            sampling,
+            image_size=image_size,
+            crop=crop,
+            decoder=decoder,
+            random_end=random_end,
+            transform=transform,
+            seed=seed,
+            fields=fields,
+            timeout_s=timeout_s,
+        )
+        opened = open_shards(shards, storage_options, cache_dir)
+        order = SampleOrder(opened.sizes, seed=seed, shuffle=False)
+        self.source = ClipSource(opened, order, clip_transform)
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.source.order)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        position = operator.index(index)
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"Clip {position} is outside a dataset of {len(self)} clips.")
+        return self.source.clip(self.epoch, position % len(self))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other random moments and crops from now on. Persistent workers keep the epoch they started with."""
+        self.epoch = epoch
+
+
+def open_shards(
+    shards: ShardSet | ShardsArgument,
+    storage_options: Mapping[str, Any] | None,
+    cache_dir: str | Path | None,
+) -> ShardSet:
+    """Open shards; a set that is open already is taken as it is."""
+    return ShardSet.open(shards, storage_options=storage_options, cache_dir=cache_dir)
+
+
+def _reject(shard: str, key: str, error: SampleError) -> Reject:
+    return {"shard": shard, "key": key, "reason": str(error)}

@@ -1,0 +1,156 @@
+"""What a loader delivered, what it had to leave out, and where the time went."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import TypedDict
+
+from .errors import ConfigError, RejectLimitError
+
+#: The reject limit is not applied before this many samples were tried: a share of a few means nothing.
+SAMPLES_BEFORE_LIMIT = 100
+
+STAGES = ("read_ms", "decode_ms", "transform_ms")
+
+
+class Reject(TypedDict):
+    """A sample that could not be used."""
+
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass
+class ClipReport:
+    """What happened on the way to a clip; for statistics, not part of a batch.
+
+    Attributes:
+        timing: milliseconds by stage, see `STAGES`.
+        without_meta: the sample's JSON is missing or damaged.
+        rejects: samples that failed in its place.
+        padding: a repeated sample on a rank that has no row of its own.
+    """
+
+    timing: dict[str, float]
+    without_meta: bool = False
+    rejects: list[Reject] = field(default_factory=list)
+    padding: bool = False
+
+
+class NoSpareError(RejectLimitError):
+    """A sample and every spare that was tried in its place failed; `rejects` lists them."""
+
+    def __init__(self, message: str, rejects: Sequence[Reject] = ()) -> None:
+        super().__init__(message)
+        self.rejects = list(rejects)
+
+
+class Health:
+    """Counters of one loader on one rank, and its limit of rejects.
+
+    Args:
+        max_reject_share: rejected samples over all samples tried, 0 to 1, above which the run stops.
+        rejects_path: a JSON Lines file to which each rejected sample is appended once.
+
+    Raises:
+        ConfigError: the share is not within 0..1.
+    """
+
+    def __init__(self, max_reject_share: float, rejects_path: str | os.PathLike[str] | None = None) -> None:
+        if not 0 <= max_reject_share <= 1:
+            raise ConfigError(f"max_reject_share is {max_reject_share!r}; it must be a share from 0 to 1.")
+        self.max_reject_share = max_reject_share
+        self.rejects_path = None if rejects_path is None else Path(rejects_path)
+        self.samples = self.batches = self.rejects = self.spares = self.without_meta = 0
+        self.waited = self.used = 0.0  # seconds: the consumer in the loader, the consumer elsewhere
+        self._stages = dict.fromkeys(STAGES, 0.0)
+        self._written: set[tuple[str, str]] = set()
+        self._left: float | None = None
+
+    def waiting(self) -> None:
+        """The consumer asks for a batch."""
+        now = perf_counter()
+        if self._left is not None:
+            self.used += now - self._left
+        self._left = now
+
+    def served(self) -> None:
+        """The consumer gets its batch."""
+        now = perf_counter()
+        if self._left is not None:
+            self.waited += now - self._left
+        self._left = now
+
+    def left(self) -> None:
+        """The consumer has left the loop; what it does now is not measured."""
+        self._left = None
+
+    def record(self, reports: Iterable[ClipReport]) -> None:
+        """Count a delivered batch.
+
+        Raises:
+            RejectLimitError: more than `max_reject_share` of at least 100 samples were rejected.
+        """
+        self.batches += 1
+        rejects: list[Reject] = []
+        for report in reports:
+            if report.padding:
+                continue
+            self.samples += 1
+            self.spares += bool(report.rejects)
+            self.without_meta += report.without_meta
+            rejects += report.rejects
+            for stage in STAGES:
+                self._stages[stage] += report.timing[stage]
+        self.reject(rejects)
+
+    def reject(self, rejects: Sequence[Reject]) -> None:
+        """Count and write down rejected samples; raises as `record`."""
+        if not rejects:
+            return
+        self.rejects += len(rejects)
+        self._append(rejects)
+        tried = self.samples + self.rejects
+        if tried >= SAMPLES_BEFORE_LIMIT and self.rejects > self.max_reject_share * tried:
+            last = rejects[-1]
+            raise RejectLimitError(
+                f"{self.rejects} of {tried} samples were rejected, more than max_reject_share="
+                f"{self.max_reject_share:g} allows; the last was {last['key']} in {last['shard']}: {last['reason']}"
+            )
+
+    def stats(self) -> dict[str, float]:
+        """Return the counters as a flat dict; times are per sample, since the loader was built."""
+        tried = self.samples + self.rejects
+        total = self.waited + self.used
+        return {
+            "samples": self.samples,
+            "batches": self.batches,
+            "samples_per_s": self.samples / total if total else 0.0,
+            **{stage: self._stages[stage] / max(self.samples, 1) for stage in STAGES},
+            "wait_share": self.waited / total if total else 0.0,
+            "rejects": self.rejects,
+            "reject_share": self.rejects / tried if tried else 0.0,
+            "spares": self.spares,
+            "without_meta": self.without_meta,
+        }
+
+    def _append(self, rejects: Sequence[Reject]) -> None:
+        if self.rejects_path is None:
+            return
+        lines = []
+        for reject in rejects:
+            sample = (reject["shard"], reject["key"])
+            if sample not in self._written:
+                self._written.add(sample)
+                lines.append(json.dumps(reject) + "\n")
+        if lines:
+            self.rejects_path.parent.mkdir(parents=True, exist_ok=True)
+            # One write in append mode, so that the lines of several ranks do not mix.
+            with open(self.rejects_path, "a", encoding="utf-8") as file:
+                file.write("".join(lines))
