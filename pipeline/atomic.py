@@ -1,0 +1,44 @@
+"""Files that are either whole or not there: temporary name, fsync, rename, fsync of the folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+TEMP_SUFFIX = ".tmp"  # of every unfinished file, so that what a killed process left behind can be swept up
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file under a temporary name that takes its own name when the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMP_SUFFIX}")
+    file = open(temporary, "wb")  # noqa: SIM115  (closed below on both ways out)
+    try:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        os.replace(temporary, path)
+    except BaseException:
+        file.close()
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write `data` to `path` as a whole or not at all."""
+    with atomic_file(path) as file:
+        file.write(data)

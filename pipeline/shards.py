@@ -1,0 +1,271 @@
+"""Reading shards: which samples there are, and the bytes of one of them.
+
+    shards = ShardSet.open("/data/shards")            # or a list, a glob, {000..012}, s3://…
+    sample = shards.read(*shards.locate(17))
+    sample.video, sample.meta, sample.text
+
+A set holds names and counts, not the indexes of all its samples: those are read shard by shard, on first use, in
+the process that uses them. Nothing in a shard is ever executed or unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tarfile
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .cache import DEFAULT_CACHE_BYTES, ShardCache, default_cache_dir
+from .errors import SampleError, ShardError
+from .raw_sample import RawSample, sample_from_members
+from .shard_index import (
+    BLOCK,
+    SAFE_EXTENSIONS,
+    VIDEO_EXTENSIONS,
+    ShardIndex,
+    split_name,
+    video_member,
+)
+from .shard_listing import ListedShard, Listing
+from .shard_paths import ShardsArgument, is_url, resolve
+from .shard_writer import ShardWriter
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["SAFE_EXTENSIONS", "VIDEO_EXTENSIONS", "RawSample", "ShardSet", "ShardWriter", "sample_from_members"]
+
+MAX_HANDLES = 32  # open local shards per process
+MAX_REMOTE_HANDLES = 8  # open cached shards per process: each of them is kept from eviction
+MAX_INDEXED_SAMPLES = 200_000  # samples whose places are kept in memory per process
+
+log = logging.getLogger(__name__)
+
+
+class _Handle:
+    """An open file that is closed when nobody refers to it any more, so that threads may share it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+class _Process:
+    """What one process has opened."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.lock = threading.Lock()
+        self.handles: OrderedDict[int, _Handle] = OrderedDict()
+        self.indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+
+
+class ShardSet:
+    """The samples of a row of shards, readable one by one. Made by `ShardSet.open`.
+
+    Attributes:
+        names: name of each shard below the folder that all of them share.
+        paths: path or URL of each shard.
+        sizes: number of usable samples of each shard.
+        num_samples: their sum.
+        problems: one sentence per thing that was wrong with the shards and is worked round.
+        fingerprint: hex digest of names, bytes, sample counts and checksums; the folder's place does not enter.
+    """
+
+    def __init__(self, shards: tuple[ListedShard, ...], cache: ShardCache, problems: tuple[str, ...]) -> None:
+        self._shards = shards
+        self._cache = cache
+        self.problems = problems
+        self.paths = tuple(shard.path for shard in shards)
+        self.names = _relative_names(self.paths)
+        self.sizes = tuple(shard.num_samples for shard in shards)
+        self._ends = tuple(accumulate(self.sizes))
+        self.num_samples = self._ends[-1]
+        facts = [[n, s.num_bytes, s.num_samples, s.sha256] for n, s in zip(self.names, shards, strict=True)]
+        self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+        self._process = _Process()
+
+    @classmethod
+    def open(
+        cls,
+        shards: ShardsArgument | ShardSet,
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        cache_dir: str | Path | None = None,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> ShardSet:
+        """Find the shards and count their samples; tars without an index are indexed now, once.
+
+        Args:
+            shards: a tar, a folder (its own tars, sorted), a list, a glob, a `{000..012}` pattern, an fsspec URL, or
+                a set that is open already.
+            storage_options: passed to the fsspec file system of URLs.
+            cache_dir: where remote shards and indexes of read-only folders are kept; default
+                `$FRAMESTREAM_CACHE`, else `~/.cache/framestream`.
+            cache_bytes: limit for remote shards kept there.
+
+        Raises:
+            ConfigError: an impossible `shards` argument, a shell opener, an unknown protocol.
+            ShardError: nothing there, or no usable sample in all of it.
+        """
+        if isinstance(shards, ShardSet):
+            return shards
+        folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+        cache = ShardCache(folder.expanduser().absolute(), cache_bytes, dict(storage_options or {}))
+        listed = Listing(cache)
+        problems: list[str] = []
+        found = [listed.shard(path, problems) for path in resolve(shards, storage_options)]
+        problems = listed.problems + problems + listed.missing([s.path for s in found])
+        if not sum(shard.num_samples for shard in found):
+            raise ShardError("the shards hold no usable sample: " + "; ".join(problems or ["they are empty"]))
+        for problem in problems[:20]:
+            log.warning("%s", problem)
+        if len(problems) > 20:
+            log.warning("and %d more problems", len(problems) - 20)
+        return cls(tuple(found), cache, tuple(problems))
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __repr__(self) -> str:
+        return f"ShardSet({len(self.names)} shards, {self.num_samples} samples, {len(self.problems)} problems)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_process"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._process = _Process()
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(shard, sample) of a sample's place in stored order. Raises IndexError outside of 0..num_samples-1."""
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"sample {index} of {self.num_samples}")
+        shard = bisect_right(self._ends, index)
+        return shard, index - (self._ends[shard] - self.sizes[shard])
+
+    def keys(self, shard: int) -> tuple[str, ...]:
+        """Keys of one shard's samples in stored order."""
+        return tuple(sample.key for sample in self._index(shard).samples)
+
+    def read(self, shard: int, sample: int, *, want: Collection[str] | None = None) -> RawSample:
+        """The bytes of one sample, read by offset.
+
+        Args:
+            shard: number of the shard.
+            sample: number of the sample in it.
+            want: extensions to read, `"video"` standing for the sample's video; default all but npy.
+
+        Raises:
+            ShardError: the shard cannot be opened or is another one than was indexed.
+            SampleError: the shard ends early or holds something else at this place.
+        """
+        path = self.paths[shard]
+        entry = self._index(shard).samples[sample]
+        wanted = set(entry.members) - {"npy"} if want is None else set(want)
+        if "video" in wanted and (video := video_member(entry.members)) is not None:
+            wanted.add(video)
+        descriptor = self._handle(shard)
+        members = {
+            ext: _read_member(descriptor.descriptor, path, entry.key, ext, offset, size)
+            for ext, (offset, size) in entry.members.items()
+            if ext in wanted
+        }
+        return RawSample(entry.key, path, members)
+
+    def _mine(self) -> _Process:
+        if self._process.pid != os.getpid():  # after a fork: offsets, locks and handles of the parent stay its own
+            self._process = _Process()
+        return self._process
+
+    def _handle(self, shard: int) -> _Handle:
+        mine, entry = self._mine(), self._shards[shard]
+        remote = is_url(entry.path)
+        with mine.lock:
+            handle = mine.handles.get(shard)
+        if handle is None:  # opened without the lock: a download must not keep other threads from other shards
+            if remote:
+                handle = _Handle(self._cache.open(entry.path, num_bytes=entry.num_bytes, sha256=entry.sha256))
+            else:
+                handle = _Handle(_open_local(entry.path))
+        with mine.lock:
+            handle = mine.handles.setdefault(shard, handle)
+            mine.handles.move_to_end(shard)
+            while len(mine.handles) > (MAX_REMOTE_HANDLES if remote else MAX_HANDLES):
+                mine.handles.popitem(last=False)
+            return handle
+
+    def _index(self, shard: int) -> ShardIndex:
+        mine, entry = self._mine(), self._shards[shard]
+        with mine.lock:
+            index = mine.indexes.get(shard)
+        if index is None:
+            index = Listing(self._cache).index(entry.path, entry.num_bytes, entry.sha256)
+            if len(index.samples) != entry.num_samples:
+                raise ShardError(
+                    f"shard {entry.path} has {len(index.samples)} samples, {entry.num_samples} were counted when "
+                    f"it was opened: open the set again, or run `framestream verify` on its folder"
+                )
+        with mine.lock:
+            index = mine.indexes.setdefault(shard, index)
+            mine.indexes.move_to_end(shard)
+            while len(mine.indexes) > 1 and sum(len(i.samples) for i in mine.indexes.values()) > MAX_INDEXED_SAMPLES:
+                mine.indexes.popitem(last=False)
+            return index
+
+
+def _read_member(descriptor: int, path: str, key: str, ext: str, offset: int, size: int) -> bytes:
+    """Read a member with the header in front of it, which proves that the index still speaks of this tar."""
+    data = _pread(descriptor, offset - BLOCK, BLOCK + size)
+    if len(data) < BLOCK + size:
+        raise SampleError(f"sample {key!r} of {path}: the shard ends inside its .{ext}, it was cut after indexing")
+    try:
+        header = tarfile.TarInfo.frombuf(data[:BLOCK], "utf-8", "surrogateescape")
+    except (tarfile.TarError, ValueError) as err:
+        raise SampleError(f"sample {key!r} of {path}: the tar header of its .{ext} is damaged ({err})") from err
+    # A long or non-ASCII name may stand in a header of its own, further ahead; the size is always here.
+    plain = key.isascii() and len(header.name) < 100
+    if header.size != size or (plain and split_name(header.name) != (key, ext)):
+        raise SampleError(
+            f"sample {key!r} of {path}: found {header.name!r} where its .{ext} should be; the index belongs to "
+            f"another version of the shard, delete it to have it built again"
+        )
+    return data[BLOCK:]
+
+
+def _pread(descriptor: int, offset: int, size: int) -> bytes:
+    data = os.pread(descriptor, size, offset)
+    if len(data) == size or not data:
+        return data
+    parts = [data]  # one call stops at 2 GiB and may return less for other reasons
+    got = len(data)
+    while got < size and (data := os.pread(descriptor, size - got, offset + got)):
+        parts.append(data)
+        got += len(data)
+    return b"".join(parts)
+
+
+def _open_local(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as err:
+        raise ShardError(f"shard {path} cannot be opened ({err.strerror})") from err
+
+
+def _relative_names(paths: tuple[str, ...]) -> tuple[str, ...]:
+    """Names below the deepest folder that all paths share."""
+    split = [path.split("/") for path in paths]
+    depth = 0
+    while all(len(parts) > depth + 1 for parts in split) and len({parts[depth] for parts in split}) == 1:
+        depth += 1
+    return tuple("/".join(parts[depth:]) for parts in split)

@@ -1,0 +1,458 @@
+"""`framestream shard` on real videos: what comes out, what is refused, and that it is the same every time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from framestream.pipeline.decode import open_decoder
+from framestream.pipeline.errors import ConfigError
+from framestream.pipeline.shards import RawSample, ShardSet
+from framestream.tools.shard import Cutting, Encoding, ShardOptions, ShardReport, build_shards, shard
+from framestream.tools.verify import verify_folder
+from synthetic import make_video, read_indices, vfr_ticks
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FRAMESTREAM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three good videos, one in a subfolder with a difficult name, a broken one, and other files."""
+    folder = tmp_path_factory.mktemp("videos")
+    (folder / "sub").mkdir()
+    make_video(folder / "a.mp4", num_frames=60, size=(96, 64))
+    make_video(folder / "b.c d.MOV", num_frames=40, size=(96, 64), audio=True)
+    make_video(folder / "sub" / "фильм №1.mkv", num_frames=30, size=(64, 96))
+    (folder / "a.txt").write_text("a caption\n")
+    (folder / "broken.mp4").write_bytes(b"no video at all" * 50)
+    (folder / "notes.md").write_text("notes")
+    return folder
+
+
+def samples(folder: Path) -> list[RawSample]:
+    shards = ShardSet.open(folder)
+    assert shards.problems == ()
+    return [shards.read(*shards.locate(i)) for i in range(shards.num_samples)]
+
+
+def frames(sample: RawSample) -> list[int]:
+    with open_decoder(sample.video, backend="pyav", info=sample.info) as decoder:
+        return read_indices(decoder.frames_at(range(decoder.num_frames)))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """All files with their bytes, but for the lock."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+            and p.name != ".lock"}  # fmt: skip
+
+
+def adds_up(report: ShardReport) -> None:
+    inputs, clips = report.inputs, report.clips
+    assert inputs["found"] == inputs["used"] + inputs["rejected"] + sum(inputs["dropped"].values())
+    assert clips["planned"] == clips["written"] + clips["rejected"]
+    assert clips["written"] == sum(split["samples"] for split in report.splits.values())
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------
+
+
+def test_whole_files_are_copied_untouched(videos: Path, tmp_path: Path) -> None:
+    report = build_shards([str(videos)], tmp_path / "out", workers=1)
+    adds_up(report)
+    assert report.inputs == {"found": 4, "used": 3, "rejected": 1, "dropped": {}}
+    assert report.other_files == {".md": 1, ".txt": 1}
+    got = samples(tmp_path / "out")
+    assert [s.meta["source"] for s in got] == ["a.mp4", "b.c d.MOV", "sub/фильм №1.mkv"]
+    assert [s.video_ext for s in got] == ["mp4", "mov", "mkv"]
+    for sample in got:
+        assert sample.video == (videos / sample.meta["source"]).read_bytes()
+        assert "." not in sample.key
+        assert sample.key.isascii()
+    assert got[0].key == "a"
+    assert got[0].text == "a caption"
+    assert got[1].meta["has_audio"] is True
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [r["source"] for r in rejects] == ["broken.mp4"]
+    assert rejects[0]["reason"]
+    on_disk = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert on_disk["inputs"] == report.inputs
+    assert on_disk["clips"] == report.clips
+    assert verify_folder(tmp_path / "out", decode="all", workers=1).problems == []
+
+
+def test_clips_hold_exactly_their_frames(videos: Path, tmp_path: Path) -> None:
+    options = ShardOptions(cutting=Cutting(clip_seconds=1.0), samples_per_shard=2)
+    report = build_shards([str(videos / "a.mp4"), str(videos / "b.c d.MOV")], tmp_path / "out", options, workers=1)
+    adds_up(report)
+    got = samples(tmp_path / "out")
+    assert [s.key for s in got] == ["a-00000", "a-00001", "a-00002", "b_c_d-00000", "b_c_d-00001"]
+    assert [frames(s) for s in got[:3]] == [list(range(24)), list(range(24, 48)), list(range(48, 60))]
+    for sample in got:
+        assert sample.meta["fps"] == 24.0
+        assert sample.meta["key_frames"] == list(range(0, sample.meta["num_frames"], 16))
+        assert sample.meta["has_audio"] is False
+    assert (got[2].meta["clip_start"], got[2].meta["clip_end"]) == (2.0, 2.5)
+    assert verify_folder(tmp_path / "out", decode="all", workers=1).problems == []
+
+
+def test_a_short_rest_is_dropped_and_counted(videos: Path, tmp_path: Path) -> None:
+    options = ShardOptions(cutting=Cutting(clip_seconds=1.2))  # 2.5 s: the rest is 0.1 s
+    report = build_shards([str(videos / "a.mp4")], tmp_path / "out", options, workers=1)
+    assert report.clips["written"] == 2
+    assert report.clips["dropped"] == {"remainder shorter than half a clip": 1}
+    report = build_shards([str(videos / "a.mp4")], tmp_path / "o2", ShardOptions(cutting=Cutting(9.0)), workers=1)
+    adds_up(report)
+    assert report.inputs["dropped"] == {"shorter than half a clip": 1}
+
+
+def test_overlapping_clips_resized_at_another_rate(videos: Path, tmp_path: Path) -> None:
+    cutting = Cutting(clip_seconds=1.0, stride_seconds=0.5)
+    options = ShardOptions(cutting=cutting, encoding=Encoding(short_side=48, fps=12, gop=4))
+    build_shards([str(videos / "a.mp4")], tmp_path / "out", options, workers=1)
+    got = samples(tmp_path / "out")
+    assert [s.meta["clip_start"] for s in got] == [0.0, 0.5, 1.0, 1.5]
+    assert frames(got[1]) == list(range(12, 36, 2))
+    assert (got[1].meta["width"], got[1].meta["height"], got[1].meta["fps"]) == (72, 48, 12.0)
+    assert got[1].meta["key_frames"] == [0, 4, 8]
+
+
+def test_a_variable_rate_keeps_its_times_and_rotation_is_applied(tmp_path: Path) -> None:
+    make_video(tmp_path / "v.mp4", num_frames=40, size=(64, 96), rotation=90, vfr=True)
+    options = ShardOptions(cutting=Cutting(clip_seconds=1.0))
+    build_shards([str(tmp_path / "v.mp4")], tmp_path / "out", options, workers=1)
+    ticks = [t / 4 / 24 for t in vfr_ticks(40)]
+    first = [i for i, t in enumerate(ticks) if t < 1.0 - 1e-9]
+    sample = samples(tmp_path / "out")[0]
+    assert frames(sample) == first
+    assert sample.info is not None
+    assert sample.info.times() == pytest.approx([ticks[i] for i in first], abs=1e-4)
+    assert (sample.meta["width"], sample.meta["height"], sample.meta["rotation"]) == (64, 96, 0)
+
+
+def test_the_tail_of_every_source_is_held_out_with_a_gap(videos: Path, tmp_path: Path) -> None:
+    options = ShardOptions(cutting=Cutting(clip_seconds=0.25, val_tail=0.3, val_gap=0.3))
+    report = build_shards([str(videos)], tmp_path / "out", options, workers=1)
+    adds_up(report)
+    assert report.clips["dropped"]["in the gap before the held-out part"] == 6  # two clips of each of three sources
+    train, val = (samples(tmp_path / "out" / split) for split in ("train", "val"))
+    assert {s.meta["source"] for s in train} == {s.meta["source"] for s in val}
+    for source in {s.meta["source"] for s in train}:
+        last = max(s.meta["clip_end"] for s in train if s.meta["source"] == source)
+        first = min(s.meta["clip_start"] for s in val if s.meta["source"] == source)
+        end = max(s.meta["clip_end"] for s in val if s.meta["source"] == source)
+        assert first - last >= 0.3 - 1e-6
+        assert (end - first) / end <= 0.3 + 1e-6
+    assert verify_folder(tmp_path / "out", decode="none", workers=1).problems == []
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------
+
+
+def test_a_manifest_brings_text_keys_splits_and_parts(videos: Path, tmp_path: Path) -> None:
+    manifest = write_jsonl(
+        videos / "m.jsonl",
+        [
+            {"path": "a.mp4", "text": "first part", "key": "one.x", "end": 1.0, "score": 3, "tags": ["x"]},
+            {"path": "a.mp4", "start": 1.5, "split": "test"},
+            {"path": str(videos / "sub" / "фильм №1.mkv")},
+            {"path": "gone.mp4"},
+            {"path": "a.mp4", "start": 7},
+            {"path": "a.mp4", "start": "x"},
+            {"path": "a.mp4", "start": 2, "end": 1},
+            {"path": "notes.md"},
+            {"text": "no path"},
+            {"path": "a.mp4", "split": "../x"},
+            "{broken",
+            "[1]",
+        ],
+    )  # fmt: skip
+    try:
+        report = build_shards([str(manifest)], tmp_path / "out", workers=1)
+    finally:
+        manifest.unlink()
+    adds_up(report)
+    assert report.inputs["found"] == 12
+    assert report.inputs["used"] == 3
+    train, test = samples(tmp_path / "out" / "train"), samples(tmp_path / "out" / "test")
+    assert train[0].text == "first part"
+    assert train[0].meta["user"] == {"score": 3, "tags": ["x"]}
+    assert "." not in train[0].key
+    assert frames(train[0]) == list(range(24))
+    assert frames(test[0]) == list(range(36, 60))
+    assert test[0].text == "a caption"
+    reasons = " | ".join(f"{r['source']}: {r['reason']}" for r in report.rejects)
+    for words in ("gone.mp4: cannot be read", "the video has 2.500 s", "not a number", "not after its start",
+                  "row 9: it has no path", "'../x'", "row 11: it is no JSON", "row 12: it is a list"):  # fmt: skip
+        assert words in reasons
+
+
+def test_csv_and_the_ways_it_breaks(videos: Path, tmp_path: Path) -> None:
+    csv = videos / "m.csv"
+    try:
+        csv.write_bytes('\ufeffpath,text,score\na.mp4,"a, quoted",7\nb.c d.MOV,x,1,2,3\n'.encode())
+        report = build_shards([str(csv)], tmp_path / "out", workers=1)
+        assert [(s.text, s.meta["user"]) for s in samples(tmp_path / "out")] == [("a, quoted", {"score": "7"})]
+        assert "more than the header" in report.rejects[0]["reason"]
+        csv.write_text("file,text\na.mp4,x\n")
+        with pytest.raises(ConfigError, match="no column 'path'"):
+            build_shards([str(csv)], tmp_path / "o2", workers=1)
+    finally:
+        csv.unlink()
+
+
+@pytest.mark.skipif(find_spec("pyarrow") is not None, reason="pyarrow is installed")
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "m.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ConfigError, match="pip install pyarrow"):
+        build_shards([str(tmp_path / "m.parquet")], tmp_path / "out", workers=1)
+
+
+@pytest.mark.skipif(find_spec("pyarrow") is None, reason="needs pyarrow")
+def test_parquet_is_read_as_other_manifests_are(videos: Path, tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"path": [str(videos / "a.mp4"), None], "text": ["x", "y"], "score": [1, 2]})
+    pyarrow.parquet.write_table(table, tmp_path / "m.parquet")
+    report = build_shards([str(tmp_path / "m.parquet")], tmp_path / "out", workers=1)
+    adds_up(report)
+    assert [s.meta["user"] for s in samples(tmp_path / "out")] == [{"score": 1}]
+
+
+def test_linked_folders_are_followed_once(videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    os.symlink(videos / "sub", tmp_path / "in" / "linked")
+    os.symlink(tmp_path / "in", tmp_path / "in" / "loop")
+    report = build_shards([str(tmp_path / "in")], tmp_path / "out", workers=1)
+    assert [s.meta["source"] for s in samples(tmp_path / "out")] == ["linked/фильм №1.mkv"]
+    assert report.inputs["found"] == 1
+
+
+def test_equal_names_get_different_keys(tmp_path: Path) -> None:
+    for folder in ("x", "y"):
+        (tmp_path / folder / "s").mkdir(parents=True)
+    video = make_video(tmp_path / "x" / "s" / "v.mp4", num_frames=8, size=(64, 48)).read_bytes()
+    for name in ("y/s/v.mp4", "x/s_v.mp4", "x/s/v.m4v", "x/" + "long" * 30 + ".mp4"):
+        (tmp_path / name).write_bytes(video)
+    inputs = [str(tmp_path / "x"), str(tmp_path / "y"), f"{tmp_path}/x/*.mp4"]
+    report = build_shards(inputs, tmp_path / "out", workers=1)
+    adds_up(report)
+    assert report.inputs["dropped"] == {"named twice": 2}
+    keys = [s.key for s in samples(tmp_path / "out")]
+    assert len(set(keys)) == len(keys) == 5
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda d: [str(d)], "there is no video"),
+        (lambda d: [str(d / "nothing")], "does not exist"),
+        (lambda d: [], "no input"),
+        (lambda d: ["s3://bucket/videos"], "URL"),
+    ],
+)
+def test_no_video_is_exit_code_2_and_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Any, words: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.md").write_text("")
+    assert shard(make(tmp_path / "in"), str(tmp_path / "out")) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert "Traceback" not in err
+
+
+def test_all_rejected_is_still_accounted_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.mp4").write_bytes(b"")
+    os.symlink(tmp_path / "nowhere.mp4", tmp_path / "y.mp4")
+    assert shard([str(tmp_path / "x.mp4"), str(tmp_path / "y.mp4"), __file__], str(tmp_path / "out"), workers=1) == 0
+    assert "3 rejected" in capsys.readouterr().out
+    assert len((tmp_path / "out" / "rejects.jsonl").read_text().splitlines()) == 3
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Cutting(clip_seconds=0),
+        lambda: Cutting(clip_seconds=-1.0),
+        lambda: Cutting(val_tail=0.2),
+        lambda: Cutting(clip_seconds=1, val_tail=1.0),
+        lambda: Cutting(clip_seconds=1, val_gap=1.0),
+        lambda: Cutting(stride_seconds=1.0),
+        lambda: Encoding(short_side=65),
+        lambda: Encoding(gop=0),
+        lambda: Encoding(crf=60),
+        lambda: Encoding(fps=0),
+        lambda: ShardOptions(samples_per_shard=0),
+        lambda: ShardOptions(prefix="a/b"),
+        lambda: ShardOptions(transcode="perhaps"),  # type: ignore[arg-type]
+        lambda: ShardOptions(transcode="never", cutting=Cutting(1.0)),
+    ],
+)
+def test_impossible_options_are_refused(make: Any) -> None:
+    with pytest.raises(ConfigError):
+        make()
+
+
+# --- the same bytes, always -------------------------------------------------------------------------------------
+
+OPTIONS = ShardOptions(cutting=Cutting(clip_seconds=0.5), samples_per_shard=3)
+COPIES = ShardOptions(samples_per_shard=1)
+
+
+@pytest.fixture(scope="module")
+def reference(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an undisturbed run with one worker writes."""
+    folder = tmp_path_factory.mktemp("reference") / "out"
+    build_shards([str(videos)], folder, OPTIONS, workers=1)
+    return tree(folder)
+
+
+def test_the_number_of_workers_does_not_show(videos: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
+    build_shards([str(videos)], tmp_path / "out", OPTIONS, workers=3)
+    assert tree(tmp_path / "out") == reference
+
+
+@pytest.fixture(scope="module")
+def copies(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The same of whole files: three shards of one sample."""
+    folder = tmp_path_factory.mktemp("copies") / "out"
+    build_shards([str(videos)], folder, COPIES, workers=1)
+    return tree(folder)
+
+
+def test_a_second_run_does_no_work(videos: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
+    (tmp_path / "out").mkdir()
+    for path, data in reference.items():
+        (tmp_path / "out" / path).write_bytes(data)
+    steps: list[tuple[str, int, int, int]] = []
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.tar")}
+    build_shards([str(videos)], tmp_path / "out", OPTIONS, workers=1, progress=lambda *step: steps.append(step))
+    assert tree(tmp_path / "out") == reference
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.tar")} == before
+    assert [step[0] for step in steps] == ["writing"]
+
+
+@pytest.mark.parametrize("loss", ["tar", "index", "cut", "both", "leftovers", "folder index"])
+def test_whatever_is_lost_is_made_again(videos: Path, tmp_path: Path, copies: dict[str, bytes], loss: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for path, data in copies.items():
+        (out / path).write_bytes(data)
+    second, index = out / "clips-000001.tar", out / "clips-000001.idx.json"
+    if loss in ("tar", "both"):
+        second.unlink()
+    if loss in ("index", "both"):
+        index.unlink()
+    if loss == "cut":
+        os.truncate(second, 1000)
+    if loss == "leftovers":
+        (out / ".clips-000003.tar.123.tmp").write_bytes(b"half")
+        (out / "clips-000099.tar").write_bytes(b"what")
+    if loss == "folder index":
+        (out / "index.json").unlink()
+        (out / "report.json").unlink()
+    build_shards([str(videos)], out, COPIES, workers=1)
+    assert tree(out) == copies
+
+
+def run_tool(videos: Path, out: Path) -> subprocess.Popen[bytes]:
+    code = (
+        "import sys; from framestream.tools.shard import shard; "
+        "sys.exit(shard([sys.argv[1]], sys.argv[2], workers=2, clip_seconds=0.5, samples_per_shard=3))"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(videos), str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def test_killed_and_run_again_it_ends_the_same(videos: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
+    out = tmp_path / "out"
+    process = run_tool(videos, out)
+    while process.poll() is None and not (out / "clips-000000.tar").exists():
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / "report.json").exists()
+    assert run_tool(videos, out).wait() == 0
+    assert tree(out) == reference
+
+
+@pytest.mark.slow
+def test_killed_many_times_it_ends_the_same(videos: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
+    out = tmp_path / "out"
+    kills = 0
+    for attempt in range(40):
+        before = {p.name for p in out.glob("*")}
+        sign = (".tmp", ".tar", ".idx.json")[attempt % 3]  # killed as soon as a new file of this kind is seen
+        process = run_tool(videos, out)
+        while process.poll() is None:
+            if any(p.name.endswith(sign) and p.name not in before for p in out.glob("*")):
+                (os.killpg if attempt % 2 else os.kill)(process.pid, signal.SIGKILL)
+                break
+        if process.wait() == 0:
+            break
+        kills += 1
+    assert kills > 3
+    assert tree(out) == reference
+
+
+def test_a_changed_option_or_input_is_explained(videos: Path, tmp_path: Path) -> None:
+    mine, out = tmp_path / "videos", tmp_path / "out"
+    shutil.copytree(videos, mine)
+    build_shards([str(mine)], out, COPIES, workers=1)
+    other = ShardOptions(samples_per_shard=2)
+    with pytest.raises(ConfigError, match="samples_per_shard was 1, now it is 2"):
+        build_shards([str(mine)], out, other, workers=1)
+    (mine / "a.txt").write_text("another caption")
+    with pytest.raises(ConfigError, match=r"the text of input a\.mp4 has changed"):
+        build_shards([str(mine)], out, COPIES, workers=1)
+    (mine / "broken.mp4").unlink()
+    (mine / "a.txt").write_text("a caption\n")
+    with pytest.raises(ConfigError, match=r"input broken\.mp4 is gone"):
+        build_shards([str(mine)], out, COPIES, workers=1)
+    (out / "mine.txt").write_text("keep")
+    build_shards([str(mine)], out, other, workers=1, overwrite=True)
+    assert (out / "mine.txt").exists()
+    assert verify_folder(out, workers=1).problems == []
+
+
+def test_foreign_tars_in_the_output_are_left_alone(videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "clips-000000.tar").write_bytes(b"precious")
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="from elsewhere"):
+            build_shards([str(videos)], tmp_path, workers=1, overwrite=overwrite)
+    assert (tmp_path / "clips-000000.tar").read_bytes() == b"precious"
+
+
+def test_an_encode_that_takes_too_long_costs_its_clip(tmp_path: Path) -> None:
+    make_video(tmp_path / "a.mp4", num_frames=24, size=(64, 48))
+    make_video(tmp_path / "b.mp4", num_frames=600, size=(320, 240), b_frames=0)
+    options = ShardOptions(transcode="always")
+    inputs = [str(tmp_path / name) for name in ("a.mp4", "b.mp4")]
+    report = build_shards(inputs, tmp_path / "out", options, workers=1, timeout_s=0.3)
+    adds_up(report)
+    assert [s.meta["source"] for s in samples(tmp_path / "out")] == ["a.mp4"]
+    assert "longer than 0.3 s" in report.rejects[0]["reason"]

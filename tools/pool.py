@@ -1,0 +1,170 @@
+"""Worker processes that may crash or hang without costing more than the task they were at.
+
+Each worker is a fresh Python of its own, talks over one pipe and gets one task at a time, so that it is known
+which task killed it. It imports nothing of the calling script, so scripts need no `if __name__` guard.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from multiprocessing.connection import Connection, Pipe, wait
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from framestream.pipeline.errors import ConfigError, FramestreamError
+
+START_ALLOWANCE_S = 60.0  # on top of the limit for the first task of a worker: it has to import first
+LOOK_AHEAD = 3  # tasks per worker that may be finished before their turn
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class Failure(NamedTuple):
+    """Why a task has no result, in words."""
+
+    reason: str
+
+
+class _Worker:
+    def __init__(self) -> None:
+        self.connection, theirs = Pipe()
+        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(path for path in sys.path if path))
+        command = f"from framestream.tools.pool import serve; serve({theirs.fileno()})"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", command],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
+        theirs.close()
+        self.allowance = START_ALLOWANCE_S
+        self.number = -1  # of the task it is at
+        self.deadline = 0.0
+
+    def give(self, number: int, function: Callable[[Any], Any], task: Any, timeout_s: float) -> None:
+        self.number = number
+        self.deadline = time.monotonic() + timeout_s + self.allowance
+        self.allowance = 0.0
+        self.connection.send((function, task))
+
+    def end(self) -> int:
+        """Kill the process and return its exit status as it was before that, if it had one."""
+        self.connection.close()
+        status = self.process.poll()
+        self.process.kill()
+        return self.process.wait() if status is None else status
+
+
+class WorkerPool(Generic[Task, Result]):
+    """Runs one function over many tasks in `workers` processes and hands the results back in order.
+
+    Args:
+        function: a function of an importable module; takes one task. Its FramestreamError (and any other exception)
+            becomes a `Failure`, only a ConfigError ends the run.
+        workers: number of processes.
+        timeout_s: seconds for one task; a worker that takes longer is killed.
+    """
+
+    def __init__(self, function: Callable[[Task], Result], *, workers: int, timeout_s: float) -> None:
+        self.function = function
+        self.workers = workers
+        self.timeout_s = timeout_s
+        self._idle: list[_Worker] = []
+        self._busy: list[_Worker] = []
+        self._queue: deque[tuple[int, Task]] = deque()
+        self._outcomes: dict[int, Result | Failure] = {}
+
+    def __enter__(self) -> WorkerPool[Task, Result]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._idle + self._busy:
+            worker.end()
+        self._idle, self._busy = [], []
+
+    def map(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Result | Failure]]:
+        """Yield (task, result or Failure) in the order of `tasks`, a bounded number of tasks ahead. Once per pool."""
+        source = enumerate(tasks)
+        order: deque[tuple[int, Task]] = deque()
+        while True:
+            for item in islice(source, self.workers * LOOK_AHEAD - len(order)):
+                order.append(item)
+                self._queue.append(item)
+            if not order:
+                return
+            self._start_queued()
+            number, task = order[0]
+            while number not in self._outcomes:
+                self._step()
+            order.popleft()
+            yield task, self._outcomes.pop(number)
+
+    def _start_queued(self) -> None:
+        while self._queue and len(self._busy) < self.workers:
+            number, task = self._queue.popleft()
+            worker = self._idle.pop() if self._idle else _Worker()
+            self._busy.append(worker)
+            try:
+                worker.give(number, self.function, task, self.timeout_s)
+            except (BrokenPipeError, ConnectionResetError):
+                worker.deadline = 0.0  # it died while it was idle; the next step finds that out
+
+    def _step(self) -> None:
+        """Wait until a worker finishes, dies or runs out of time, and give out the next tasks."""
+        soonest = min(worker.deadline for worker in self._busy)
+        timeout = max(0.0, soonest - time.monotonic())
+        ready = wait([worker.connection for worker in self._busy], timeout=timeout)
+        for worker in list(self._busy):
+            if worker.connection in ready:
+                try:
+                    outcome = worker.connection.recv()
+                except (EOFError, ConnectionResetError):
+                    outcome = Failure(_death(worker.end()))
+                else:
+                    self._idle.append(worker)
+            elif time.monotonic() >= worker.deadline:
+                worker.end()
+                outcome = Failure(f"took longer than {self.timeout_s:g} s and was stopped")
+            else:
+                continue
+            self._busy.remove(worker)
+            if isinstance(outcome, ConfigError):
+                raise outcome
+            self._outcomes[worker.number] = outcome
+        self._start_queued()
+
+
+def _death(status: int) -> str:
+    if status < 0:
+        return f"crashed the worker process (signal {signal.Signals(-status).name})"
+    return f"ended the worker process (exit code {status})"
+
+
+def serve(descriptor: int) -> None:
+    """The worker's side: one task after the other until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the pipe
+    connection = Connection(descriptor)
+    while True:
+        try:
+            function, task = connection.recv()
+        except EOFError:
+            return
+        try:
+            outcome = function(task)
+        except ConfigError as err:
+            outcome = err
+        except FramestreamError as err:
+            outcome = Failure(str(err))
+        except Exception as err:  # codecs raise anything; the task is lost, named by its owner, the run goes on
+            outcome = Failure(f"{type(err).__name__}: {err}")
+        try:
+            connection.send(outcome)
+        except (BrokenPipeError, ConnectionResetError):
+            return
