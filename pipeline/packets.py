@@ -1,0 +1,217 @@
+"""What a video file says about itself before anything is decoded: its packets, their order, their clock.
+
+One pass over the container gives everything that exact decoding needs. Packets are kept in memory and handed to
+the decoder directly, so nothing ever seeks in a container, and with that every trouble of seeking (transport
+streams, AVI, edit lists, open GOPs, bad indexes) is gone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from .bitstream import begins_afresh, is_packed, shows_a_frame
+from .errors import DecodeError
+from .packet_table import Deadline, PacketTable, check_size, label, open_codec, reason_of
+from .presentation import NO_TIME, frame_rate, is_ordered, leading_packets, start_packets
+from .truncation import missing_bytes
+
+# Anything else, above all play lists that name further files or addresses, is refused before it is parsed.
+CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts"
+MAX_SECONDS = 10 * 24 * 3600
+_BUFFER = 1 << 18
+_HEAD = 256  # packets from the first key packet on that are kept in any case
+
+
+def read_packets(source: BinaryIO, *, name: str, deadline: Deadline, keep: bool = True) -> PacketTable:
+    """Demultiplex `source` once. With `keep=False` only the first packets stay in memory: enough for a look.
+
+    Raises:
+        DecodeError: no known container, no video, damaged on the container level, impossible size, too slow.
+    """
+    import av
+
+    lost = missing_bytes(source)
+    if lost:
+        raise DecodeError(f"{label(name)}: the file is cut: {lost} bytes are missing at its end.")
+    try:
+        container = av.open(
+            source,
+            mode="r",
+            options={"format_whitelist": CONTAINERS, "protocol_whitelist": "none"},
+            metadata_errors="replace",
+            buffer_size=_BUFFER,
+        )
+    except (av.error.FFmpegError, ValueError, OverflowError) as err:
+        raise DecodeError(
+            f"{label(name)}: not a readable video file ({reason_of(err)}); mp4, mov, mkv, webm, avi and ts are."
+        ) from err
+    try:
+        return _table(container, name, deadline, keep)
+    except (av.error.FFmpegError, ValueError, OverflowError) as err:
+        container.close()
+        raise DecodeError(f"{label(name)}: the container is damaged ({reason_of(err)}).") from err
+    except BaseException:
+        container.close()
+        raise
+
+
+def _video_stream(container: Any, name: str) -> Any:
+    from av.stream import Disposition
+
+    pictures = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not pictures:
+        kinds = sorted({s.type for s in container.streams if s.type != "video"}) or ["nothing"]
+        raise DecodeError(f"{label(name)}: there is no video in it, only {', '.join(kinds)}.")
+    best = container.streams.best("video")  # the one that players show
+    stream = best if best in pictures else pictures[0]
+    context = stream.codec_context
+    if context is None:
+        raise DecodeError(f"{label(name)}: its video codec is unknown to the installed FFmpeg.")
+    check_size(context.width, context.height, name)
+    return stream
+
+
+@dataclass
+class _Demuxed:
+    """What one pass over a container finds: the packets kept, and of every packet the facts."""
+
+    packets: list[Any] = field(default_factory=list)
+    pts: list[int] = field(default_factory=list)
+    duration: list[int] = field(default_factory=list)
+    shown: list[bool] = field(default_factory=list)
+    keys: list[int] = field(default_factory=list)
+    hidden_by_edits: int = 0
+    closed_keys: bool = True
+
+
+def _demux(container: Any, stream: Any, name: str, deadline: Deadline, keep: bool) -> _Demuxed:
+    codec = stream.codec_context.codec.canonical_name
+    extradata = bytes(stream.codec_context.extradata or b"")
+    found = _Demuxed()
+    count = 0
+    for packet in container.demux(stream):
+        if packet.size == 0:
+            continue  # the empty packet at the end
+        if packet.is_corrupt:
+            raise DecodeError(f"{label(name)}: packet {count} is cut short or damaged.")
+        if count and packet.has_sidedata("new_extradata"):
+            raise DecodeError(f"{label(name)}: its codec settings change at packet {count}; split it there.")
+        if count == 0 and is_packed(codec, extradata, bytes(packet)):
+            raise DecodeError(
+                f"{label(name)}: holds two pictures in one packet (DivX packed B-frames), so its frames cannot be "
+                "told apart; run ffmpeg -i IN -c copy -bsf:v mpeg4_unpack_bframes OUT first."
+            )
+        if packet.is_keyframe:
+            found.keys.append(count)
+            found.closed_keys &= begins_afresh(codec, extradata, memoryview(packet))
+        found.hidden_by_edits += packet.is_discard
+        # Before the first key packet there is nothing to decode from.
+        shown = not packet.is_discard and bool(found.keys) and shows_a_frame(codec, memoryview(packet))
+        found.shown.append(shown)
+        found.pts.append(NO_TIME if packet.pts is None else packet.pts)
+        found.duration.append(packet.duration or 0)
+        if keep or not found.keys or count - found.keys[0] < _HEAD:
+            found.packets.append(packet)
+        count += 1
+        if count % 64 == 0:
+            deadline.check()
+    expected = len(stream.index_entries) if container.format.name.startswith("mov") else 0
+    if count < expected:
+        raise DecodeError(f"{label(name)}: the file is cut: {count} of {expected} packets are there.")
+    if count == 0:
+        raise DecodeError(f"{label(name)}: its video stream is empty.")
+    if not found.keys:
+        raise DecodeError(f"{label(name)}: no key frame among its {count} packets.")
+    return found
+
+
+def _table(container: Any, name: str, deadline: Deadline, keep: bool) -> PacketTable:
+    stream = _video_stream(container, name)
+    codec = stream.codec_context.codec.canonical_name
+    found = _demux(container, stream, name, deadline, keep)
+    packets, pts, count = found.packets, found.pts, len(found.pts)
+    keys = np.array(found.keys, dtype=np.int64)
+    shown = np.array(found.shown, dtype=bool)
+
+    reorders = stream.codec_context.has_b_frames > 0
+    ordered = is_ordered(pts, shown, guessed=container.format.name == "avi" and codec != "mpeg4" and reorders)
+    shown_at = np.array(pts if ordered else range(count), dtype=np.int64)
+    leading = leading_packets(shown_at, keys) if ordered else np.zeros(count, dtype=bool)
+    if leading.any():
+        first_gop = np.arange(count) < (keys[1] if len(keys) > 1 else count)
+        lost = leading & first_gop & shown
+        if lost.any():
+            shown &= ~lost | _decodable(stream, packets, keys[0], np.flatnonzero(lost)[-1], count)
+
+    position = np.flatnonzero(shown)
+    if len(position) == 0:
+        raise DecodeError(f"{label(name)}: none of its {count} packets shows a frame.")
+    position = position[np.argsort(shown_at[position], kind="stable")]
+    rank = np.full(count, -1, dtype=np.int64)
+    rank[position] = np.arange(len(position))
+    for packet, index in zip(packets, rank.tolist(), strict=False):  # not all may be kept
+        packet.pts, packet.dts = (index if index >= 0 else None), None
+
+    fps, timestamps = frame_rate(
+        shown_at[position] if ordered else None,
+        tick=float(stream.time_base),
+        nominal=float(stream.average_rate or stream.guessed_rate or 0),
+        frames=len(position),
+    )
+    duration = len(position) / fps
+    if timestamps is not None:
+        last = found.duration[position[-1]]
+        duration = float(timestamps[-1] + (last * stream.time_base if last else 1 / fps))
+    if not 0 < duration < MAX_SECONDS:
+        raise DecodeError(f"{label(name)}: its times span {duration:g} s, expected at most {MAX_SECONDS} s.")
+    return PacketTable(
+        name=name,
+        container=container,
+        stream=stream,
+        packets=packets,
+        rank=rank,
+        position=position,
+        start=start_packets(shown_at, keys, position),
+        keys=keys,
+        ordered=ordered,
+        fps=fps,
+        duration=duration,
+        timestamps=timestamps,
+        hidden_by_edits=found.hidden_by_edits,
+        leading=leading,
+        closed_keys=found.closed_keys,
+        has_audio=len(container.streams.audio) > 0,
+        format=container.format.name.split(",")[0],
+        codec=codec,
+    )
+
+
+def _decodable(stream: Any, packets: list[Any], first: int, last: int, count: int) -> np.ndarray:
+    """bool [P]: which packets up to `last` give a frame when decoding starts at the very first key packet.
+
+    Frames before the first key frame usually refer to a GOP that was cut away, but they need not (MPEG-2 closed
+    GOPs, HEVC RADL pictures). H.264 has no such frames, and its decoder would show grey ones.
+    """
+    import av
+
+    decodable = np.zeros(count, dtype=bool)
+    if stream.codec_context.codec.canonical_name == "h264":
+        return decodable
+    kept = [packet.pts for packet in packets]
+    last = min(last, len(packets) - 1)
+    for index in range(first, last + 1):
+        packets[index].pts, packets[index].dts = index, None
+    context = open_codec(stream)
+    for packet in [*packets[first : last + 1], None]:
+        try:
+            frames = context.decode(packet)
+        except av.error.FFmpegError:
+            continue  # a reference is missing: not decodable
+        decodable[[frame.pts for frame in frames if not frame.is_corrupt]] = True
+    context.flush_buffers()
+    for packet, pts in zip(packets, kept, strict=True):
+        packet.pts = pts
+    return decodable

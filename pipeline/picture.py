@@ -1,0 +1,87 @@
+"""From a picture as it comes out of a decoder to the pixels that a player shows. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .errors import DecodeError
+
+_HD_LINES = 576  # untagged video above this height is BT.709, as players take it
+_UNTAGGED = 2  # AVCOL_SPC_UNSPECIFIED
+_BT709, _BT601 = 1, 5  # SWS_CS_*; as numbers, because PyAV has no name for every one
+_METHOD = 0x2 | 0x40000 | 0x2000 | 0x80000  # SWS_BILINEAR, ACCURATE_RND, FULL_CHR_H_INT, BITEXACT
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """One of the eight ways to lay a picture: swap rows and columns, then mirror the new axes.
+
+    Attributes:
+        swap: rows become columns.
+        mirror_x, mirror_y: mirror left to right, top to bottom, after the swap.
+    """
+
+    swap: bool = False
+    mirror_x: bool = False
+    mirror_y: bool = False
+
+    @property
+    def rotation(self) -> int:
+        """Degrees clockwise, of the turn alone where the picture is mirrored, too."""
+        if self.swap:
+            return 90 if self.mirror_x else 270
+        return 180 if self.mirror_y else 0
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether the picture is mirrored besides being turned."""
+        return self.mirror_x != self.mirror_y if not self.swap else self.mirror_x == self.mirror_y
+
+    def apply(self, picture: np.ndarray) -> np.ndarray:
+        """uint8 [h, w, 3] as stored to contiguous uint8 [3, H, W] as shown."""
+        planes = picture.transpose(2, 1, 0) if self.swap else picture.transpose(2, 0, 1)
+        if self.mirror_x:
+            planes = planes[:, :, ::-1]
+        if self.mirror_y:
+            planes = planes[:, ::-1]
+        return np.ascontiguousarray(planes)
+
+
+def orientation(frame: Any, name: str) -> Orientation:
+    """Read it from the display matrix of a decoded PyAV frame.
+
+    Raises:
+        DecodeError: the matrix turns by something other than quarter turns.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return Orientation()
+    # Rows (a, b, u), (c, d, v), (x, y, w): a point (x, y) is shown at (a x + c y, b x + d y), y downwards.
+    a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(matrix), dtype=np.int32)[:5])
+    if a == b == c == d == 0:
+        return Orientation()  # says nothing; players ignore it
+    if b == c == 0:
+        return Orientation(False, mirror_x=a < 0, mirror_y=d < 0)
+    if a == d == 0:
+        return Orientation(True, mirror_x=c < 0, mirror_y=b < 0)
+    raise DecodeError(
+        f"{name or 'the video'}: is to be shown at an angle that is no quarter turn (matrix {a} {b} {c} {d}); "
+        "turn it once with a video editor."
+    )
+
+
+def to_rgb(frame: Any, size: tuple[int, int]) -> np.ndarray:
+    """A decoded PyAV picture as uint8 [height, width, 3] of `size` (width, height).
+
+    Resizing and colour conversion are one pass of swscale: bilinear, with a filter that widens on reduction and so
+    does not alias; full chroma; the same bits on every processor. Matrix and range are the stream's own; where it
+    names none, BT.709 above 576 lines and BT.601 below.
+    """
+    matrix = None
+    if frame.colorspace == _UNTAGGED:
+        matrix = _BT709 if frame.height > _HD_LINES else _BT601
+    rgb = frame.reformat(*size, format="rgb24", src_colorspace=matrix, interpolation=_METHOD, threads=1)
+    return rgb.to_ndarray()

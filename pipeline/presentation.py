@@ -1,0 +1,56 @@
+"""From the times that packets carry to the order, the rate and the dependencies of frames. Pure, on numpy arrays.
+
+`shown_at` is int64 [P]: when each packet's frame is shown, in ticks of the container's clock, in decoding order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+NO_TIME = -(1 << 62)
+
+
+def is_ordered(pts: list[int], shown: np.ndarray, *, guessed: bool) -> bool:
+    """Whether the container's times tell the order of the frames: none missing, none twice, none made up.
+
+    AVI stores no times. For codecs with B-frames whose picture types its reader does not parse, FFmpeg makes
+    them up from the order of decoding (`guessed`).
+    """
+    times = np.array(pts, dtype=np.int64)[shown]
+    return bool(not guessed and (times != NO_TIME).all() and len(np.unique(times)) == len(times))
+
+
+def leading_packets(shown_at: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """bool [P]: packets shown before the key packet that they follow. They may need the GOP before it."""
+    last_key = np.searchsorted(keys, np.arange(len(shown_at)), side="right") - 1
+    return (last_key >= 0) & (shown_at < shown_at[keys[np.maximum(last_key, 0)]])
+
+
+def start_packets(shown_at: np.ndarray, keys: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """int64 [T]: the last key packet at or before each frame's packet that is also shown at or before it.
+
+    A frame that is shown before the key packet that it follows may refer to the GOP before, so its decoding
+    starts one key packet earlier; the first key packet serves where there is none.
+    """
+    last_key = np.searchsorted(keys, position, side="right") - 1
+    early = shown_at[position] < shown_at[keys[last_key]]
+    while early.any():
+        last_key = np.where(early, last_key - 1, last_key)
+        early = (last_key > 0) & (shown_at[position] < shown_at[keys[np.maximum(last_key, 0)]])
+    return keys[np.maximum(last_key, 0)]
+
+
+def frame_rate(
+    ticks: np.ndarray | None, tick: float, nominal: float, frames: int
+) -> tuple[float, np.ndarray | None]:
+    """(frames per second, float64 [T] seconds from the first frame or None where the rate is constant)."""
+    if ticks is None or frames < 2:
+        return (nominal if 0 < nominal < 1e4 else 25.0), None
+    seconds = (ticks - ticks[0]).astype(np.float64) * tick
+    mean = (frames - 1) / seconds[-1]
+    # Times are rounded to the container's clock, so a constant rate shows as less than one tick of deviation.
+    slack = min(1.01 * tick, 0.25 / mean)
+    for rate in (nominal, mean):
+        if rate > 0 and np.abs(seconds - np.arange(frames) / rate).max() <= slack:
+            return rate, None
+    return mean, seconds
