@@ -64,6 +64,8 @@ KINDS: dict[str, tuple[Callable[[Path], Path], int, int]] = {
     "vp9 webm": (_made(".webm", codec="vp9"), 0, FRAMES),
     "vp9 odd size": (_made(".webm", codec="vp9", size=(161, 97)), 0, FRAMES),
     "vp8 webm": (_made(".webm", codec="vp8"), 0, FRAMES),
+    "av1": (_made(".mp4", codec="av1"), 0, FRAMES),
+    "av1 mkv": (_made(".mkv", codec="av1", gop=30), 0, FRAMES),
     "mpeg4 avi": (_made(".avi", codec="mpeg4"), 0, FRAMES),
     "mpeg4 mp4": (_made(".mp4", codec="mpeg4", b_frames=0), 0, FRAMES),
     "mpeg2 ts": (_made(".ts", codec="mpeg2video"), 0, FRAMES),

@@ -42,6 +42,8 @@ REFUSED = {
         "hevc open gop": "hevc",
         "hevc 10 bit mkv": "hevc",
         "hevc cut open gop ts": "mpegts",
+        "av1": "av1",
+        "av1 mkv": "av1",
         "mpeg4 avi": "avi",
         "mpeg2 ts": "mpegts",
         "mjpeg avi": "avi",
