@@ -1,0 +1,162 @@
+"""Checkpoints: folders that are either whole or not there.
+
+    checkpoints/step-00000200/model.safetensors   trained weights (a frozen tower is not among them)
+                              optimizer.pt        optimiser state, tensors and numbers only
+                              state.json          step, loader state, evaluation, format version
+    checkpoints/best.json                         which step was best, and how good
+
+A checkpoint is written to a temporary folder, every file is fsynced, and one rename makes it visible: a process
+killed at any moment leaves the previous checkpoint intact. Nothing read from one executes code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from framestream.pipeline.errors import StateError
+
+FORMAT_VERSION = 1
+MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, BEST_FILE = "model.safetensors", "optimizer.pt", "state.json", "best.json"
+_PREFIX = "step-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    state: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON to a temporary name, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_checkpoint(
+    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+) -> Checkpoint:
+    """Write `folder/step-XXXXXXXX` atomically. `state` must be JSON and contain `step`."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"{_PREFIX}{int(state['step']):08d}"
+    temporary = folder / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    # A clone per tensor: safetensors refuses tensors that share memory, and tied weights do.
+    weights = {name: value.detach().cpu().clone().contiguous() for name, value in module.state_dict().items()}
+    save_file(weights, temporary / MODEL_FILE)
+    torch.save(optimizer.state_dict(), temporary / OPTIMIZER_FILE)
+    full_state = {"version": FORMAT_VERSION, **state}
+    write_json(temporary / STATE_FILE, full_state)
+    for file in temporary.iterdir():
+        _sync(file)
+    _sync(temporary)
+    if final.exists():  # the same step again, after a resume: the old one is as good
+        shutil.rmtree(temporary)
+    else:
+        temporary.rename(final)
+        _sync(folder)
+    return Checkpoint(final, full_state)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first. Half-written ones carry another name and are not seen."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.name.startswith(_PREFIX) and path.is_dir())
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint's state file. StateError when it is not a checkpoint of this format."""
+    try:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise StateError(f"{path} is no readable checkpoint ({err}): delete it to go on from the one before.") from err
+    if state.get("version") != FORMAT_VERSION:
+        raise StateError(
+            f"{path} has checkpoint format {state.get('version')!r}, this version reads {FORMAT_VERSION}: "
+            "resume with the version that wrote it."
+        )
+    return Checkpoint(path, state)
+
+
+def latest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest complete checkpoint in `folder`, or None."""
+    paths = list_checkpoints(folder)
+    return read_checkpoint(paths[-1]) if paths else None
+
+
+def load_weights(path: Path, module: nn.Module) -> None:
+    """Load `model.safetensors` into `module`; every trainable parameter must be there with its shape."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(path / MODEL_FILE)
+        module.load_state_dict(weights)
+    except (OSError, SafetensorError, RuntimeError) as err:
+        raise StateError(f"The weights of {path} do not fit this model: {err}") from err
+
+
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Load the optimiser's state; tensors and plain numbers only, no code."""
+    try:
+        optimizer.load_state_dict(torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True))
+    except pickle.UnpicklingError as err:
+        raise StateError(f"The optimiser state of {path} holds more than tensors and numbers, and is refused.") from err
+    except (OSError, ValueError, RuntimeError) as err:
+        raise StateError(f"The optimiser state of {path} does not fit this model: {err}") from err
+
+
+def prune(folder: Path, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints and the best one, and what a killed process left behind."""
+    best = best_checkpoint(folder)
+    keep = set(list_checkpoints(folder)[-keep_last:]) | ({best} if best else set())
+    for path in folder.iterdir():
+        stale = path.name.startswith(f".{_PREFIX}") or path in set(list_checkpoints(folder)) - keep
+        if stale:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def mark_best(folder: Path, step: int, error_ratio: float) -> None:
+    """Remember which step's evaluation was the best so far."""
+    write_json(folder / BEST_FILE, {"step": step, "error_ratio": error_ratio})
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """Folder of the best evaluated checkpoint, or None when nothing was evaluated yet."""
+    try:
+        step = int(json.loads((folder / BEST_FILE).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError):
+        return None
+    path = folder / f"{_PREFIX}{step:08d}"
+    return path if path.is_dir() else None

@@ -1,0 +1,106 @@
+"""A batch as the predictor takes it: embedded, pooled, with its mask and its targets decided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from framestream.pipeline.layout import FrameLayout
+from framestream.pipeline.masks import FrameMask
+
+from .geometry import Geometry, Grid
+from .losses import patch_error
+
+
+@dataclass
+class PreparedClips:
+    """A batch as the predictor takes it. P is the larger of the streams' patch counts; shorter frames are padded."""
+
+    embeddings: Tensor  # [B, F, P, D], input and target
+    layouts: tuple[FrameLayout, ...]
+    mask: FrameMask  # with a batch axis
+    time: Tensor  # [B, F] seconds
+    stream: Tensor  # int64 [B, F]
+    targets: Tensor  # int64 [B, F], position of each frame's target; 0 where it has none
+    has_target: Tensor  # bool [B, F]
+    scored: Tensor  # bool [B, F], frames whose target counts
+    leaking: int
+    num_scored: int
+    grids: dict[int, Grid]
+
+    def select(self, clips: list[int]) -> PreparedClips:
+        """Some of the clips, in that order."""
+        if clips == list(range(len(self.layouts))):
+            return self
+        at = torch.tensor(clips, device=self.embeddings.device)
+        return replace(
+            self,
+            embeddings=self.embeddings[at],
+            layouts=tuple(self.layouts[i] for i in clips),
+            mask=FrameMask.stack([self.mask[i] for i in clips]),
+            time=self.time[at],
+            stream=self.stream[at],
+            targets=self.targets[at],
+            has_target=self.has_target[at],
+            scored=self.scored[at],
+        )
+
+    def geometry(self) -> Geometry:
+        """Where the tokens stand."""
+        step = torch.where(self.has_target, self.time.gather(1, self.targets) - self.time, 0)
+        return Geometry.build([layout.patches for layout in self.layouts], self.time, self.stream, step, self.grids)
+
+    def pack(self) -> Tensor:
+        """The frames' own patches as tokens: `[B, N, D]`."""
+        index = self._token_index()
+        flat = self.embeddings.flatten(1, 2)
+        return flat if index is None else flat.gather(1, index[..., None].expand(-1, -1, flat.shape[-1]))
+
+    def unpack(self, tokens: Tensor) -> Tensor:
+        """The reverse: `[B, N, D]` to `[B, F, P, D]`, zeros where a frame has fewer patches."""
+        index = self._token_index()
+        shape = self.embeddings.shape
+        if index is None:
+            return tokens.unflatten(1, shape[1:3])
+        blank = tokens.new_zeros(shape[0], shape[1] * shape[2], shape[3])
+        return blank.scatter(1, index[..., None].expand(-1, -1, shape[3]), tokens).unflatten(1, shape[1:3])
+
+    def frame_error(self, predicted: Tensor, target: Tensor, loss: str) -> Tensor:
+        """Mean error of each frame's own patches: `[B, F, P, D]` twice to `[B, F]`."""
+        error = patch_error(predicted, target, loss)
+        if self._token_index() is None:
+            return error.mean(-1)
+        counts = torch.tensor([layout.patches for layout in self.layouts], device=error.device)
+        own = torch.arange(error.shape[-1], device=error.device) < counts[..., None]
+        return torch.where(own, error, 0).sum(-1) / counts
+
+    def _token_index(self) -> Tensor | None:
+        """int64 `[B, N]` into the flattened frames; None where every frame is full."""
+        width = self.embeddings.shape[2]
+        if all(set(layout.patches) == {width} for layout in self.layouts):
+            return None
+        rows = [_flat_positions(layout.patches, width) for layout in self.layouts]
+        return torch.stack(rows).to(self.embeddings.device)
+
+
+@lru_cache(maxsize=256)
+def _flat_positions(patches: tuple[int, ...], width: int) -> Tensor:
+    return torch.cat([torch.arange(count) + frame * width for frame, count in enumerate(patches)])
+
+
+def unique_frames(frame_index: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat positions of the frames to encode, and for each frame of `[B, F]` which of them it is."""
+    index = frame_index.cpu()
+    first: list[int] = []
+    source: list[int] = []
+    for clip, row in enumerate(index.tolist()):
+        seen: dict[int, int] = {}
+        for position, frame in enumerate(row):
+            if frame not in seen:
+                seen[frame] = len(first)
+                first.append(clip * len(row) + position)
+            source.append(seen[frame])
+    return torch.tensor(first), torch.tensor(source)
