@@ -9,17 +9,20 @@ splendid and leaves the second one poor; targets that the mask can see are there
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .losses import patch_error
+
 if TYPE_CHECKING:
-    from .autoregressive_reconstruction import AutoregressiveReconstruction
+    from .autoregressive_reconstruction import AutoregressiveReconstruction, PreparedClips
 
 FAST = 1
+View = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -79,17 +82,39 @@ class Evaluation:
         }
 
 
-def _forced_steps(batch: Mapping[str, Any], steps: int, error: Tensor, copied: Tensor) -> tuple[Tensor, Tensor]:
-    """Teacher-forced errors `[B, steps]` of the predictions whose targets are the last `steps` fast frames."""
-    picked = torch.full((2, error.shape[0], steps), float("nan"))
-    for row in range(error.shape[0]):
-        usable = batch["frame_valid"][row].cpu() & (batch["frame_stream"][row].cpu() == FAST)
-        fast = torch.nonzero(usable).flatten()
-        fast = fast[batch["frame_index"][row].cpu()[fast].argsort(stable=True)]
-        queries = fast[-steps - 1 : -1]  # the prediction of a frame is made at the frame before it
-        if len(queries) == steps:
-            picked[0, row], picked[1, row] = error[row, queries], copied[row, queries]
-    return picked[0], picked[1]
+def _last_fast(clips: PreparedClips, steps: int) -> Tensor:
+    """int64 `[B, steps + 1]`: the last valid fast frames, the last true one of a rollout first; -1 without."""
+    found = torch.full((len(clips.layouts), steps + 1), -1)
+    for row, layout in enumerate(clips.layouts):
+        fast = [i for i in range(layout.num_frames) if layout.valid[i] and layout.stream[i] == FAST]
+        fast.sort(key=layout.frame_index.__getitem__)
+        if len(fast) > steps:
+            found[row] = torch.tensor(fast[-steps - 1 :])
+    return found
+
+
+def _picked(error: Tensor, at: Tensor) -> Tensor:
+    """`[B, F]` at positions `[B, n]`, NaN where the position is -1."""
+    return torch.where(at >= 0, error.gather(1, at.clamp(min=0)), torch.nan)
+
+
+def _errors(clips: PreparedClips, predicted: Tensor, view: View, metric: str) -> tuple[Tensor, Tensor]:
+    """Teacher-forced errors of the model and of copying, float32 `[B, F]` on the CPU; NaN where nothing is scored."""
+    at = clips.targets[:, :, None, None].expand_as(clips.embeddings)
+    truth = view(clips.embeddings.gather(1, at))
+    pair = (clips.frame_error(view(guess), truth, metric) for guess in (predicted, clips.embeddings))
+    model, copied = (torch.where(clips.scored, error, torch.nan).float().cpu() for error in pair)
+    return model, copied
+
+
+def _rollout_errors(clips: PreparedClips, made: Tensor, last: Tensor, view: View, metric: str) -> tuple[Tensor, Tensor]:
+    """Errors of generated frames and of repeating the last true one, float32 `[B, steps]`; NaN without a rollout."""
+    at = last.clamp(min=0).to(clips.embeddings.device)[:, :, None, None].expand(-1, -1, *clips.embeddings.shape[2:])
+    frames = view(clips.embeddings.gather(1, at)[:, :, : made.shape[2]])  # [B, steps + 1, P, D]
+    pair = (patch_error(guess, frames[:, 1:], metric).mean(-1) for guess in (view(made), frames[:, :1]))
+    known = last[:, 1:] >= 0
+    model, copied = (torch.where(known, error.cpu(), torch.nan) for error in pair)
+    return model, copied
 
 
 @torch.no_grad()
@@ -109,13 +134,14 @@ def evaluate(
         loader: batches of `build_loader(..., shuffle=False, drop_last=False)`.
         rollout_steps: how many frames to generate; 0 leaves rollout out.
         max_batches: stop after this many batches; None takes them all.
-        loss: measure this error instead of the module's own loss, e.g. "mse" of a model trained on "l1".
+        loss: measure this error instead of the module's own loss, e.g. "mse" of a model trained on "l1". Towers that
+            can give their patches back as pixels (`to_pixels`) are measured in pixels.
         autocast: run under autocast with this dtype.
 
     Returns:
         Sums over this process's clips; `gather_evaluation` adds up those of all ranks.
     """
-    from .rollout import rollout
+    from .rollout import generate
 
     device = next(module.parameters()).device
     was_training, started = module.training, time.perf_counter()
@@ -123,7 +149,8 @@ def evaluate(
     config = module.config
     # A run that trains on leaking targets is still not measured on them.
     on_leak = "exclude" if config.on_leak == "allow" else config.on_leak
-    module.config = replace(config, on_leak=on_leak, loss=loss or config.loss)
+    module.config = replace(config, on_leak=on_leak)
+    metric, view = loss or config.loss, getattr(module.tower.tower, "to_pixels", lambda patches: patches)
     clips = leaking = 0
     forced = slow = ErrorSum()
     forced_steps = [ErrorSum()] * rollout_steps
@@ -133,24 +160,26 @@ def evaluate(
             if number == max_batches:
                 break
             batch = move_batch(batch, device)
+            # A rank without a row of its own repeats one, which must not count twice.
+            real = torch.tensor([not meta.get("padding") for meta in batch["meta"]])
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                output = module(batch)
-                error, copied = output.frame_error.float().cpu(), output.copy_last_error.float().cpu()
-                # A rank without a row of its own repeats one, which must not count twice.
-                real = torch.tensor([not meta.get("padding") for meta in batch["meta"]])
+                frames = module.prepare(batch)
+                predicted = frames.unpack(module.predict(frames)[0])
+                error, copied = _errors(frames, predicted, view, metric)
                 error[~real] = torch.nan
-                fast = batch["frame_stream"].cpu() == FAST
+                fast = frames.stream.cpu() == FAST
                 forced += ErrorSum.over(error[fast], copied[fast])
                 slow += ErrorSum.over(error[~fast], copied[~fast])
                 if rollout_steps:
-                    step_error, step_copied = _forced_steps(batch, rollout_steps, error, copied)
-                    free = rollout(module, batch, rollout_steps)
+                    last = _last_fast(frames, rollout_steps)
+                    made = generate(module, frames, rollout_steps).predictions
+                    step_error, step_copied = _rollout_errors(frames, made, last, view, metric)
+                    step_error[~real] = torch.nan
                     for s in range(rollout_steps):
-                        forced_steps[s] += ErrorSum.over(step_error[:, s], step_copied[:, s])
-                        generated[s] += ErrorSum.over(
-                            free.frame_error[real, s].float().cpu(), free.copy_last_error[real, s].float().cpu()
-                        )
-            leaking += int(output.leaking_targets)
+                        queries = last[:, s : s + 1]  # the prediction of a frame is made at the frame before it
+                        forced_steps[s] += ErrorSum.over(_picked(error, queries), _picked(copied, queries))
+                        generated[s] += ErrorSum.over(step_error[:, s], step_copied[:, s])
+            leaking += frames.leaking
             clips += int(real.sum())
     finally:
         module.config = config

@@ -41,8 +41,11 @@ class Context(NamedTuple):
 class FramePredictor(nn.Module):
     """Pre-norm transformer over the patches of frames: masked self-attention, cross-attention, MLP.
 
-    The last layer starts at zero and its output is added to the current frame, so that the untrained model
-    repeats every frame: exactly the baseline that it has to beat. Rotary positions (Su et al. 2021) run over
+    What it predicts is the current frame, with a share of each channel that fades and something else that appears:
+    `x + fade * x + appear`, as the update of a gated recurrent unit (Cho et al. 2014) without squashing. The share
+    matters because detail that moves is best predicted by letting go of it, in proportion to how strong it is, and
+    the norm before the last layer has forgotten how strong that was. Both parts start at zero, so that the untrained
+    model repeats every frame: exactly the baseline that it has to beat. Rotary positions (Su et al. 2021) run over
     three axes, seconds, patch row and patch column, and depend on differences only. All parameters take part in
     every forward pass, also without host states, because one learned null state is always there.
 
@@ -93,10 +96,12 @@ class FramePredictor(nn.Module):
         )
         self.step_embedding = StepEmbedding(width)
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, embedding_dim)
+        self.appear = nn.Linear(width, embedding_dim)
+        self.fade = nn.Linear(width, embedding_dim)
         nn.init.normal_(self.stream_embedding.weight, std=0.02)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        for head in (self.appear, self.fade):
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
 
     def forward(
         self,
@@ -143,7 +148,8 @@ class FramePredictor(nn.Module):
                 x, kept = block(x, rotary, plan, context, geometry.patches, past)
             grown.append(kept)
         x = x + geometry.spread(self.step_embedding(geometry.step)).to(x.dtype)
-        return tokens + self.head(self.norm(x)), grown
+        x = self.norm(x)
+        return tokens + self.fade(x) * tokens + self.appear(x), grown
 
     def plan(self, mask: FrameMask, tokens: Tensor, *, token_causal: bool = False) -> AttentionPlan:
         """The attention plan of `mask` for a batch like `tokens [B, N, D]`."""

@@ -53,9 +53,7 @@ class CheckedDecoder(ABC):
         finally:
             table.close()
         if reason:
-            raise Refused(
-                f"{label(name)}: {self.reader} gets such videos wrong ({reason}); use the decoder pyav."
-            )
+            raise Refused(f"{label(name)}: {self.reader} gets such videos wrong ({reason}); use the decoder pyav.")
         self.num_frames, self.fps, self.timestamps = table.num_frames, table.fps, table.times()
         self.key_frames = table.key_frames
         self.size = (picture.width, picture.height)
@@ -76,9 +74,7 @@ class CheckedDecoder(ABC):
         """Raise DecodeError where the reader's presentation times are apart by something else than ours."""
         theirs, ours = seconds - seconds[0], self.timestamps[indices] - self.timestamps[indices[0]]
         if np.abs(theirs - ours).max() > 0.5 / self.fps:
-            raise DecodeError(
-                f"{label(self.name)}: {self.reader} times its frames otherwise; use the decoder pyav."
-            )
+            raise DecodeError(f"{label(self.name)}: {self.reader} times its frames otherwise; use the decoder pyav.")
 
     def close(self) -> None:
         self.data = b""

@@ -183,9 +183,7 @@ def check_indices(indices: Sequence[int], num_frames: int, name: str) -> np.ndar
         raise DecodeError(f"{name or 'the video'}: no frames were asked for.")
     outside = wanted[(wanted < 0) | (wanted >= num_frames)]
     if len(outside):
-        raise DecodeError(
-            f"{name or 'the video'}: frame {outside[0]} was asked for, but it has {num_frames} frames."
-        )
+        raise DecodeError(f"{name or 'the video'}: frame {outside[0]} was asked for, but it has {num_frames} frames.")
     return wanted
 
 

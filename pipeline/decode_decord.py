@@ -132,9 +132,7 @@ class DecordGPUDecoder(CheckedDecoder):
 
         super().__init__(data, refusal=refusal_on_gpu, **options)
         try:
-            self._reader: Any = decord.VideoReader(
-                io.BytesIO(data), ctx=decord.gpu(torch.cuda.current_device())
-            )
+            self._reader: Any = decord.VideoReader(io.BytesIO(data), ctx=decord.gpu(torch.cuda.current_device()))
         except (decord.DECORDError, RuntimeError, AssertionError) as err:
             raise DecodeError(f"{label(self.name)}: Decord cannot open it on the GPU ({err}).") from err
 

@@ -56,9 +56,7 @@ class PyAVDecoder:
     ) -> None:
         self.name, self.short_side, self.timeout_s = name, short_side, timeout_s
         self.stats = DecodeStats()
-        self.table: PacketTable = read_packets(
-            io.BytesIO(data), name=name, deadline=Deadline(timeout_s, name)
-        )
+        self.table: PacketTable = read_packets(io.BytesIO(data), name=name, deadline=Deadline(timeout_s, name))
         try:
             self.table.expect(info)
         except DecodeError:
@@ -100,9 +98,7 @@ class PyAVDecoder:
                 end = position
         return runs
 
-    def _collect(
-        self, start: int, group: list[int], pictures: dict[int, np.ndarray], deadline: Deadline
-    ) -> None:
+    def _collect(self, start: int, group: list[int], pictures: dict[int, np.ndarray], deadline: Deadline) -> None:
         """Decode `group` from packet `start` on, and from an earlier key packet where that was not enough.
 
         Some streams mark packets as key that only begin a gradual refresh, after which pictures are complete.
@@ -169,9 +165,7 @@ class PyAVDecoder:
             return positions.tolist()
         return positions[~left_out].tolist()
 
-    def _keep(
-        self, frames: Iterable[Any], came: set[int], wanted: set[int], found: dict[int, np.ndarray]
-    ) -> None:
+    def _keep(self, frames: Iterable[Any], came: set[int], wanted: set[int], found: dict[int, np.ndarray]) -> None:
         """Convert those of `frames` that are wanted, and note which ones came."""
         for frame in frames:
             # Where the container does not order its frames, the order in which they come does.

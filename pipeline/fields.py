@@ -24,9 +24,7 @@ def check_fields(fields: Sequence[str]) -> tuple[str, ...]:
         raise ConfigError(f"fields is the string {fields!r}; give a list of names, e.g. ({fields!r},).")
     for name in fields:
         if name.rsplit(".", 1)[-1] not in FIELD_KINDS:
-            raise ConfigError(
-                f"fields names {name!r}; only members that end in {' or '.join(FIELD_KINDS)} are parsed."
-            )
+            raise ConfigError(f"fields names {name!r}; only members that end in {' or '.join(FIELD_KINDS)} are parsed.")
     return tuple(fields)
 
 

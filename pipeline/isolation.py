@@ -50,9 +50,7 @@ class Helper:
         """Process number of the helper, None while there is none."""
         return None if self._process is None else self._process.pid
 
-    def request(
-        self, fields: dict[str, Any], body: bytes, timeout_s: float
-    ) -> tuple[dict[str, Any], bytearray]:
+    def request(self, fields: dict[str, Any], body: bytes, timeout_s: float) -> tuple[dict[str, Any], bytearray]:
         """Send one request and wait for the answer.
 
         Raises:
@@ -77,9 +75,7 @@ class Helper:
             except (OSError, EOFError, ValueError) as err:
                 how = self._end(process)
                 raise HelperDied(f"took longer than {timeout_s:g} s" if late.is_set() else how) from err
-            except (
-                BaseException
-            ):  # an interrupt between question and answer: the answer must not meet the next
+            except BaseException:  # an interrupt between question and answer: the answer must not meet the next
                 self._end(process)
                 raise
             finally:

@@ -91,17 +91,13 @@ class SampleOrder:
         ConfigError: there is no sample, a size is negative, or `window_shards` < 1.
     """
 
-    def __init__(
-        self, sizes: Sequence[int], *, seed: int = 0, shuffle: bool = True, window_shards: int = 4
-    ) -> None:
+    def __init__(self, sizes: Sequence[int], *, seed: int = 0, shuffle: bool = True, window_shards: int = 4) -> None:
         if window_shards < 1:
             raise ConfigError(f"window_shards is {window_shards}; it must be at least 1.")
         if any(size < 0 for size in sizes):
             raise ConfigError("A shard size is negative; sizes are numbers of samples.")
         if not sum(sizes):
-            raise ConfigError(
-                f"There is no sample in the {len(sizes)} shard(s) given; nothing can be loaded."
-            )
+            raise ConfigError(f"There is no sample in the {len(sizes)} shard(s) given; nothing can be loaded.")
         self.sizes = tuple(int(size) for size in sizes)
         self.seed, self.shuffle, self.window_shards = int(seed), shuffle, window_shards
         self._total = sum(self.sizes)

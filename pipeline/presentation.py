@@ -40,9 +40,7 @@ def start_packets(shown_at: np.ndarray, keys: np.ndarray, position: np.ndarray) 
     return keys[np.maximum(last_key, 0)]
 
 
-def frame_rate(
-    ticks: np.ndarray | None, tick: float, nominal: float, frames: int
-) -> tuple[float, np.ndarray | None]:
+def frame_rate(ticks: np.ndarray | None, tick: float, nominal: float, frames: int) -> tuple[float, np.ndarray | None]:
     """(frames per second, float64 [T] seconds from the first frame or None where the rate is constant)."""
     if ticks is None or frames < 2:
         return (nominal if 0 < nominal < 1e4 else 25.0), None

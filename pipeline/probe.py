@@ -69,9 +69,7 @@ class VideoInfo:
         if not isinstance(record, dict):
             raise SampleError(f"video metadata: expected a JSON object, got {type(record).__name__}.")
         known = {field.name: record[field.name] for field in fields(cls) if field.name in record}
-        missing = [
-            key for key in ("num_frames", "fps", "duration", "width", "height", "codec") if key not in known
-        ]
+        missing = [key for key in ("num_frames", "fps", "duration", "width", "height", "codec") if key not in known]
         if missing:
             raise SampleError(f"video metadata: {', '.join(missing)} missing; probe the video again.")
         for key, value in known.items():
@@ -93,9 +91,7 @@ class VideoInfo:
         )
         keys = info.key_frames
         if any(b <= a for a, b in pairwise(keys)) or (keys and keys[-1] >= info.num_frames):
-            raise SampleError(
-                "video metadata: key_frames are not rising frame indices; probe the video again."
-            )
+            raise SampleError("video metadata: key_frames are not rising frame indices; probe the video again.")
         if info.timestamps is not None and (
             len(info.timestamps) != info.num_frames or any(b < a for a, b in pairwise(info.timestamps))
         ):
@@ -122,9 +118,7 @@ _CHECKS = {
     "codec": lambda value: isinstance(value, str),
     "rotation": lambda value: _is_count(value) and value in (0, 90, 180, 270),
     "key_frames": lambda value: isinstance(value, (list, tuple)) and all(map(_is_count, value)),
-    "timestamps": lambda value: (
-        value is None or (isinstance(value, (list, tuple)) and all(map(_is_number, value)))
-    ),
+    "timestamps": lambda value: value is None or (isinstance(value, (list, tuple)) and all(map(_is_number, value))),
     "has_audio": lambda value: isinstance(value, bool),
     "pix_fmt": lambda value: isinstance(value, str),
 }

@@ -247,11 +247,7 @@ class ClipTransform:
         generator = torch.Generator().manual_seed(mix(draw, _HOOK) >> 1)
         result = self.transform(frames, generator)
         if not isinstance(result, torch.Tensor) or (result.shape, result.dtype) != (frames.shape, frames.dtype):
-            got = (
-                f"{result.dtype} {list(result.shape)}"
-                if isinstance(result, torch.Tensor)
-                else type(result).__name__
-            )
+            got = f"{result.dtype} {list(result.shape)}" if isinstance(result, torch.Tensor) else type(result).__name__
             raise ConfigError(
                 f"transform returned {got}; it must return {frames.dtype} {list(frames.shape)}, what it was given."
             )

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from model_setup import batch_of, small_module
 from torch.nn.parallel import DistributedDataParallel
 
 from framestream.pipeline.sampling import DenseSampling
+
+from model_setup import batch_of, small_module
 
 
 def main(folder: Path) -> None:

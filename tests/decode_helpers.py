@@ -10,6 +10,7 @@ import torch
 
 from framestream.pipeline.decode import open_decoder
 from framestream.pipeline.errors import DecodeError
+
 from synthetic import make_video, read_indices, trim_by_copy
 
 FRAMES = 48

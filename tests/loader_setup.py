@@ -12,6 +12,7 @@ import torch
 from framestream.pipeline.loader import ClipLoader, build_loader
 from framestream.pipeline.sampling import FastSlowSampling
 from framestream.pipeline.shards import ShardWriter
+
 from synthetic_shards import VARIANTS, clip_key, small_video
 
 SAMPLING = FastSlowSampling(num_fast=4, num_slow=4)

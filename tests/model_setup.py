@@ -23,10 +23,10 @@ FAST_SLOW = FastSlowSampling(num_fast=5, num_slow=4)
 
 
 def awake(module: nn.Module, seed: int = 0) -> Any:
-    """The module with a head and a null state that do something, as after some training."""
+    """The module whose last layers do something, as after some training."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
-        if "head" in name:
+        if "fade" in name or "appear" in name:
             parameter.data.normal_(0, 0.1, generator=generator)
     return module
 

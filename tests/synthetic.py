@@ -225,9 +225,7 @@ def damaged(data: bytes, kind: str, seed: int) -> bytes:
         start = int(rng.integers(0, size))
         array[start : start + int(rng.integers(16, 4096))] = 0
     elif kind == "header":
-        where = np.concatenate(
-            [rng.integers(0, min(size, 512), 3), rng.integers(max(0, size - 2048), size, 3)]
-        )
+        where = np.concatenate([rng.integers(0, min(size, 512), 3), rng.integers(max(0, size - 2048), size, 3)])
         array[where] = rng.integers(0, 256, size=len(where))
     elif kind == "random":
         array = rng.integers(0, 256, size=size, dtype=np.uint8)

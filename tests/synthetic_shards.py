@@ -8,6 +8,7 @@ from typing import Any
 
 from framestream.pipeline.probe import probe_video
 from framestream.pipeline.shards import ShardWriter
+
 from synthetic import video_bytes
 
 VARIANTS = (6, 12, 16)  # GOP lengths of the distinct clips

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from square_tensors import SquareTensors
 from torch import Tensor
 
 from framestream.model.attention import AttentionPlan, frame_attention, plan_attention
@@ -14,6 +13,8 @@ from framestream.pipeline.errors import ConfigError
 from framestream.pipeline.layout import FrameLayout
 from framestream.pipeline.masks import RULES, FrameMask, make_mask
 from framestream.pipeline.sampling import FastSlowSampling
+
+from square_tensors import SquareTensors
 
 ORDERS = ("concat", "interleave", "time")
 

@@ -9,6 +9,7 @@ import pytest
 
 from framestream.pipeline import ConfigError, FastSlowSampling, build_loader
 from framestream.tools.cli import main
+
 from synthetic import make_video
 from synthetic_shards import make_shards
 

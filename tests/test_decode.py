@@ -7,7 +7,6 @@ import av
 import numpy as np
 import pytest
 import torch
-from decode_helpers import KINDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +21,8 @@ from framestream.pipeline.decode import (
 from framestream.pipeline.decode_pyav import PyAVDecoder
 from framestream.pipeline.errors import ConfigError, DecodeError
 from framestream.pipeline.probe import probe_video
+
+from decode_helpers import KINDS
 from synthetic import make_video, read_index, read_indices, vfr_ticks, video_bytes
 
 # Kinds of video that a backend refuses, and the word that says why.
@@ -111,9 +112,7 @@ def check_frames(data: bytes, kind: str, backend: str, reason: str | None) -> No
             assert frames.dtype == torch.uint8
             assert min(frames.shape[2:]) == 64
             assert [index - first for index in read_indices(frames)] == wanted
-    with open_decoder(
-        data, backend=backend
-    ) as decoder:  # one decoder, one frame after the other, at full size
+    with open_decoder(data, backend=backend) as decoder:  # one decoder, one frame after the other, at full size
         for index in mixed[:8]:
             assert read_index(decoder.frames_at([index])[0]) - first == index
 
@@ -188,9 +187,7 @@ def test_fit_short_side_keeps_the_aspect(width: int, height: int, short: int) ->
     assert fit_short_side(width, height, None) == (width, height)
 
 
-@pytest.mark.parametrize(
-    ("flips", "shown"), [((True, False), (0, 1)), ((False, True), (1, 0)), ((True, True), (1, 1))]
-)
+@pytest.mark.parametrize(("flips", "shown"), [((True, False), (0, 1)), ((False, True), (1, 0)), ((True, True), (1, 1))])
 def test_mirrored_pictures_are_shown_as_players_show_them(tmp_path: Path, flips: tuple, shown: tuple) -> None:
     """`shown`: row and column of the quarter in which the bright corner at the top left is shown."""
     path = tmp_path / "mirrored.mp4"
@@ -239,9 +236,7 @@ def write_picture(
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
         if matrix:
             stream.codec_context.colorspace, stream.codec_context.color_range = matrix, levels
-            frame = frame.reformat(
-                format=pix_fmt, dst_colorspace=1 if matrix == 1 else 5, dst_color_range=levels
-            )
+            frame = frame.reformat(format=pix_fmt, dst_colorspace=1 if matrix == 1 else 5, dst_color_range=levels)
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import av
 import pytest
 import torch
-from decode_helpers import KINDS
 
 from framestream.pipeline.decode import available_backends, open_decoder
 from framestream.pipeline.errors import DecodeError
 from framestream.pipeline.probe import probe_video
+
+from decode_helpers import KINDS
 from synthetic import damaged, video_bytes
 
 DAMAGES = ["flip", "cut", "zero", "header", "random"]

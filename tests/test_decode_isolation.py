@@ -17,6 +17,7 @@ import pytest
 from framestream.pipeline.decode import available_backends, open_decoder
 from framestream.pipeline.errors import DecodeError
 from framestream.pipeline.isolation import HelperDied, helper
+
 from synthetic import damaged, read_indices
 
 pytestmark = [

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decode_helpers import DecodeInWorker
 
 from framestream.pipeline.decode import available_backends, open_decoder
+
+from decode_helpers import DecodeInWorker
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from model_setup import HIDDEN, PATCHES, batch_of, geometry_of, small_module, small_predictor
 
 from framestream.model.attention import plan_attention
 from framestream.pipeline.errors import ConfigError, LeakError
 from framestream.pipeline.layout import FrameLayout, next_frame_targets
 from framestream.pipeline.masks import RULES, FrameMask, leaking_targets, make_mask
 from framestream.pipeline.sampling import DenseSampling, FastSlowSampling
+
+from model_setup import HIDDEN, PATCHES, batch_of, geometry_of, small_module, small_predictor
 
 ORDERS = ("concat", "interleave", "time")
 FRAME_PATCHES = 3

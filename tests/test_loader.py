@@ -12,13 +12,14 @@ from typing import Any
 import fsspec
 import pytest
 import torch
-from loader_setup import FRAMES, IMAGE_SIZE, PATCHES, SAMPLING, keys, make_loader, stream, write_shards
 
 from framestream.pipeline.errors import ConfigError
 from framestream.pipeline.loader import build_loader
 from framestream.pipeline.masks import FrameMask
 from framestream.pipeline.sampling import DenseSampling
 from framestream.pipeline.shards import ShardSet
+
+from loader_setup import FRAMES, IMAGE_SIZE, PATCHES, SAMPLING, keys, make_loader, stream, write_shards
 from synthetic import read_indices
 from synthetic_shards import clip_key, make_shards
 

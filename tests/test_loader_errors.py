@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 import torch
-from loader_setup import keys, make_loader, write_shards
 
 from framestream.pipeline.errors import ConfigError, RejectLimitError, SampleError, ShardError
 from framestream.pipeline.prefetch import ReadAhead
 from framestream.pipeline.sampling import DenseSampling
 from framestream.pipeline.shards import ShardSet, ShardWriter
+
+from loader_setup import keys, make_loader, write_shards
 from synthetic import damaged as damaged_bytes
 from synthetic import read_indices
 from synthetic_shards import clip_key, make_shards, small_video

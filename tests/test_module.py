@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from model_setup import HIDDEN, PATCH, PATCHES, SIDE, SMALL, batch_of, dense_batch, small_module
-from square_tensors import SquareTensors
 from torch import nn
 
 from framestream.model.autoregressive_reconstruction import (
@@ -27,6 +25,9 @@ from framestream.pipeline.errors import ConfigError
 from framestream.pipeline.layout import next_frame_targets
 from framestream.pipeline.masks import FrameMask, make_mask
 from framestream.pipeline.sampling import DenseSampling, FastSlowSampling
+
+from model_setup import HIDDEN, PATCH, PATCHES, SIDE, SMALL, batch_of, dense_batch, small_module
+from square_tensors import SquareTensors
 
 
 class CountingTower(nn.Module):

@@ -58,9 +58,7 @@ def test_windows_tile_the_epoch_and_need_few_shards(order: SampleOrder, epoch: i
 
 
 @given(ORDERS, st.integers(0, 9), st.data())
-def test_positions_do_not_depend_on_what_was_asked_before(
-    order: SampleOrder, epoch: int, data: st.DataObject
-) -> None:
+def test_positions_do_not_depend_on_what_was_asked_before(order: SampleOrder, epoch: int, data: st.DataObject) -> None:
     expected = epoch_of(order, epoch)
     fresh = pickle.loads(pickle.dumps(order))
     asked = data.draw(st.lists(st.integers(0, len(order) - 1), max_size=8))
@@ -97,9 +95,7 @@ def test_the_order_is_the_same_on_every_version() -> None:
 
 
 @given(ORDERS, st.integers(0, 9), st.data())
-def test_spares_are_other_samples_from_the_window_first(
-    order: SampleOrder, epoch: int, data: st.DataObject
-) -> None:
+def test_spares_are_other_samples_from_the_window_first(order: SampleOrder, epoch: int, data: st.DataObject) -> None:
     position = data.draw(st.integers(0, len(order) - 1))
     failed, window = order.at(epoch, position), order.window(epoch, position)
     others, total = window.stop - window.start - 1, len(order)

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
-from loader_setup import FRAMES, IMAGE_SIZE, PATCHES, SAMPLING, digest, keys, make_loader, stream, write_shards
 from torch.utils.data import DataLoader
 
 from framestream.pipeline.collate import ClipCollator
 from framestream.pipeline.dataset import ClipDataset
 from framestream.pipeline.errors import ConfigError, RejectLimitError, SampleError
 from framestream.pipeline.transforms import ClipTransform
+
+from loader_setup import FRAMES, IMAGE_SIZE, PATCHES, SAMPLING, digest, keys, make_loader, stream, write_shards
 from synthetic import read_indices
 from synthetic_shards import clip_key, make_shards, small_video
 
@@ -114,9 +115,13 @@ def test_shards_made_by_others_serve_with_their_own_members(tmp_path: Path) -> N
     assert batch["actions.npy"].shape == (3, 2, 3)
     assert batch["label.json"] == [{"n": 0}, {"n": 1}, {"n": 2}]
     assert read_indices(batch["video_frames"][0]) == batch["frame_index"][0].tolist()
-    clip = next(iter(wds.WebDataset(tars(tmp_path), shardshuffle=False).map(
-        ClipTransform(SAMPLING, image_size=IMAGE_SIZE, fields=("actions.npy", "label.json"))
-    )))
+    clip = next(
+        iter(
+            wds.WebDataset(tars(tmp_path), shardshuffle=False).map(
+                ClipTransform(SAMPLING, image_size=IMAGE_SIZE, fields=("actions.npy", "label.json"))
+            )
+        )
+    )
     assert clip["label.json"] == {"n": 0}
     assert torch.equal(clip["actions.npy"], batch["actions.npy"][0])
 

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from model_setup import HIDDEN, geometry_of, small_predictor
 
 from framestream.model.geometry import Geometry, squarest_grid
 from framestream.model.predictor import FramePredictor
@@ -14,6 +13,8 @@ from framestream.pipeline.errors import ConfigError
 from framestream.pipeline.layout import FrameLayout
 from framestream.pipeline.masks import make_mask
 from framestream.pipeline.sampling import FastSlowSampling
+
+from model_setup import HIDDEN, geometry_of, small_predictor
 
 LAYOUT = FrameLayout.from_plan(FastSlowSampling(num_fast=4, num_slow=3).plan(13), patches=6)
 MASK = make_mask("time_causal", LAYOUT)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from framestream.pipeline.errors import DecodeError, SampleError
 from framestream.pipeline.probe import VideoInfo, probe_video
+
 from synthetic import make_audio, make_video, trim_by_copy, vfr_ticks, video_bytes
 
 
@@ -133,11 +134,7 @@ def test_missing_metadata_is_refused_by_name(clip: bytes) -> None:
 @given(
     st.dictionaries(
         st.sampled_from(sorted(VideoInfo.__dataclass_fields__)),
-        st.none()
-        | st.integers()
-        | st.text()
-        | st.floats()
-        | st.lists(st.integers() | st.floats() | st.none()),
+        st.none() | st.integers() | st.text() | st.floats() | st.lists(st.integers() | st.floats() | st.none()),
     )
 )
 def test_any_metadata_is_read_or_refused(change: dict) -> None:
@@ -203,9 +200,7 @@ def test_a_file_cut_anywhere_is_refused(suffix: str) -> None:
             probe_video(data[: int(len(data) * share)])
 
 
-@pytest.mark.parametrize(
-    "head", ["ffconcat version 1.0\nfile {}\n", "#EXTM3U\n#EXTINF:2,\n{}\n#EXT-X-ENDLIST\n"]
-)
+@pytest.mark.parametrize("head", ["ffconcat version 1.0\nfile {}\n", "#EXTM3U\n#EXTINF:2,\n{}\n#EXT-X-ENDLIST\n"])
 def test_play_lists_that_name_other_files_are_not_followed(head: str, clip_path: Path) -> None:
     with pytest.raises(DecodeError, match="not a readable video"):
         probe_video(head.format(clip_path).encode())

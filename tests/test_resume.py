@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loader_setup import digest, keys, make_loader, stream, write_shards
 
 from framestream.pipeline.errors import StateError
+
+from loader_setup import digest, keys, make_loader, stream, write_shards
 from synthetic_shards import clip_key, make_shards
 
 TESTS = Path(__file__).parent
@@ -267,9 +268,7 @@ def test_two_real_processes_share_uneven_shards_evenly(tmp_path: Path) -> None:
         ranks = result[drop_last]
         assert [length for length, _ in ranks] == [batches] * 2
         assert [len(mine) for _, mine in ranks] == [batches] * 2
-        seen = [
-            key for _, mine in ranks for row in mine for key, padding in zip(*row, strict=True) if not padding
-        ]
+        seen = [key for _, mine in ranks for row in mine for key, padding in zip(*row, strict=True) if not padding]
         assert len(seen) == len(set(seen)) == samples
 
 

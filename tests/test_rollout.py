@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from model_setup import HIDDEN, PATCHES, batch_of, dense_batch, small_module
 
 from framestream.model.rollout import rollout
 from framestream.pipeline.errors import ConfigError
 from framestream.pipeline.sampling import DenseSampling, FastSlowSampling
+
+from model_setup import HIDDEN, PATCHES, batch_of, dense_batch, small_module
 
 CAUSAL = [
     ("frame_causal", {}),

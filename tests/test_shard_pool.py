@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from pool_tasks import act
 
 from framestream.pipeline.errors import ConfigError
 from framestream.tools.pool import Failure, WorkerPool
+
+from pool_tasks import act
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -20,6 +20,7 @@ from framestream.pipeline.errors import ConfigError
 from framestream.pipeline.shards import RawSample, ShardSet
 from framestream.tools.shard import Cutting, Encoding, ShardOptions, ShardReport, build_shards, shard
 from framestream.tools.verify import verify_folder
+
 from synthetic import make_video, read_indices, vfr_ticks
 
 

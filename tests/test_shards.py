@@ -15,6 +15,7 @@ import webdataset as wds
 
 from framestream.pipeline.errors import ConfigError, SampleError, ShardError
 from framestream.pipeline.shards import RawSample, ShardSet, ShardWriter
+
 from synthetic_shards import clip_key, make_shards
 
 

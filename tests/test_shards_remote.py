@@ -18,6 +18,7 @@ import pytest
 from framestream.pipeline.cache import ShardCache
 from framestream.pipeline.errors import ConfigError, ShardError
 from framestream.pipeline.shards import ShardSet
+
 from synthetic_shards import clip_key, make_shards
 
 

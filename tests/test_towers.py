@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from model_setup import batch_of, small_module
 from torch import nn
 
 from framestream.model.towers import FrozenTower, PixelTower, TowerAdapter, as_tower
 from framestream.pipeline.errors import ConfigError
+
+from model_setup import batch_of, small_module
 
 
 class Fake(nn.Module):

@@ -15,6 +15,7 @@ from framestream.pipeline.probe import probe_video
 from framestream.pipeline.sampling import DenseSampling, FastSlowSampling
 from framestream.pipeline.shards import sample_from_members
 from framestream.pipeline.transforms import ClipTransform, draw_at
+
 from synthetic import read_indices, video_bytes
 
 SAMPLING = FastSlowSampling(num_fast=4, num_slow=4)

@@ -11,6 +11,7 @@ import pytest
 from framestream.pipeline.errors import ConfigError, ShardError
 from framestream.pipeline.shards import ShardSet, ShardWriter
 from framestream.tools.verify import verify, verify_folder
+
 from synthetic_shards import make_shards, small_video
 
 

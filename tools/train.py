@@ -1,0 +1,279 @@
+"""`framestream train`: a run from a config file, on one process or under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from framestream.model import checkpoint as ckpt
+from framestream.model.evaluate import Evaluation
+from framestream.model.ranks import Ranks, distributed, pick_device
+from framestream.model.trainer import CHECKPOINTS, Progress, TrainResult
+from framestream.model.trainer import train as train_module
+from framestream.pipeline.errors import ConfigError
+from framestream.pipeline.loader import ClipLoader, build_loader
+
+from .config import TrainConfig, load_config, make_parser
+from .console import console, progress_bar
+
+if TYPE_CHECKING:
+    from framestream.model.autoregressive_reconstruction import AutoregressiveReconstruction
+
+STOPPED = 143  # 128 + SIGTERM: the run is whole on disk, and not finished
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass
+class Run:
+    """What a config builds."""
+
+    module: AutoregressiveReconstruction
+    loader: ClipLoader
+    eval_loader: ClipLoader | None
+    patches: int | tuple[int, int]
+
+    def close(self) -> None:
+        """Stop worker processes."""
+        self.loader.close()
+        if self.eval_loader is not None:
+            self.eval_loader.close()
+
+
+class Augment:
+    """What leaves motion motion, the same for all frames of a clip: mirroring, turning, swapping colours, the negative.
+
+    Few videos become many: each clip has 96 versions, and all of them obey the same laws.
+    """
+
+    def __call__(self, frames: Tensor, generator: torch.Generator) -> Tensor:
+        """uint8 `[U, 3, S, S]` -> the same shape."""
+        mirror, flip, turn, negative = (torch.rand(4, generator=generator) < 0.5).tolist()
+        frames = frames[:, torch.randperm(3, generator=generator)]
+        frames = frames.flip([axis for axis, chosen in ((-1, mirror), (-2, flip)) if chosen])
+        frames = frames.transpose(-1, -2) if turn else frames
+        return (255 - frames if negative else frames).contiguous()
+
+
+def build_tower(config: TrainConfig) -> nn.Module:
+    """The frozen tower that a config names.
+
+    Raises:
+        ConfigError: an unknown model, or a library that is not installed.
+    """
+    from framestream.model.patch_basis import CosineTower
+    from framestream.model.towers import PixelTower, TowerAdapter
+
+    tower, size = config.model.tower, config.data.image_size
+    if tower.kind == "pixel":
+        pixels = PixelTower(size, tower.patch_size)
+        return pixels if tower.mean is None else TowerAdapter(pixels, mean=tower.mean, std=tower.std)
+    if tower.kind == "cosine":
+        return CosineTower(size, tower.patch_size)
+    if tower.name is None:
+        raise ConfigError(f"model.tower.kind {tower.kind} needs model.tower.name, the model to load.")
+    if tower.kind == "torchvision":
+        from torchvision.models import get_model
+
+        options: dict[str, Any] = {"weights": "DEFAULT"} if tower.pretrained else {"image_size": size}
+        try:
+            model = get_model(tower.name, **options)
+        except (ValueError, KeyError, TypeError) as err:
+            raise ConfigError(
+                f"model.tower.name {tower.name!r} is no Vision Transformer of torchvision: {err}"
+            ) from err
+        mean, std = IMAGENET
+    else:
+        try:
+            from transformers import AutoConfig, AutoModel
+        except ImportError as err:
+            raise ConfigError(
+                "model.tower.kind hf needs the transformers library: pip install 'framestream[hf]'."
+            ) from err
+        try:
+            model = (
+                AutoModel.from_pretrained(tower.name)
+                if tower.pretrained
+                else AutoModel.from_config(AutoConfig.from_pretrained(tower.name))
+            )
+        except (OSError, ValueError) as err:
+            raise ConfigError(f"model.tower.name {tower.name!r} cannot be loaded: {str(err).splitlines()[0]}") from err
+        mean = std = (0.5, 0.5, 0.5)
+    return TowerAdapter(model, mean=tower.mean or mean, std=tower.std or std)
+
+
+def patches_of(config: TrainConfig, tower: nn.Module) -> int | tuple[int, int]:
+    """Tokens per frame that tower and pooling leave: a number, or (slow, fast) where the streams differ."""
+    from framestream.model.geometry import squarest_grid
+    from framestream.model.pooling import Pool
+
+    size = config.data.image_size
+    with torch.no_grad():
+        count = tower.eval()(torch.zeros(1, 3, size, size)).shape[1]
+    grid = getattr(tower, "grid", None) or squarest_grid(count)
+    slow, fast = (
+        rows * columns
+        for rows, columns in (
+            Pool.parse(config.model.slow_pool).grid(grid),
+            Pool.parse(config.model.fast_pool).grid(grid),
+        )
+    )
+    return fast if slow == fast else (slow, fast)
+
+
+def build(config: TrainConfig, *, device: torch.device | None = None) -> Run:
+    """Build model and loaders; everything that a config can get wrong is found here.
+
+    Raises:
+        ConfigError: an impossible setting, an empty data set.
+        ShardError: shards that cannot be read.
+    """
+    from framestream.model.autoregressive_reconstruction import create_autoregressive_reconstruction_module
+    from framestream.model.patch_basis import start_with_differences
+
+    data = config.data
+    if not data.shards:
+        raise ConfigError("data.shards is not set: give the folder that `framestream shard` wrote.")
+    device = device or pick_device(config.train.device)
+    torch.manual_seed(config.train.seed)
+    tower = build_tower(config)
+    patches = patches_of(config, tower)
+    module = create_autoregressive_reconstruction_module(tower, config.model.hidden_size, config.model.reconstruction())
+    if config.model.start_with_differences and not start_with_differences(module.predictor):
+        raise ConfigError(
+            "model.start_with_differences needs at least 3 heads of at least embedding_dim channels each: "
+            f"set model.predictor_dim to {3 * config.model.embedding_dim} and model.num_heads to 3."
+        )
+    common: dict[str, Any] = {
+        "sampling": config.sampling(),
+        "patches_per_frame": patches,
+        "image_size": data.image_size,
+        "mask": data.mask,
+        "window_size": data.window_size,
+        "num_workers": data.workers,
+        "seed": data.seed,
+        "decoder": data.decoder,
+        "cache_dir": data.cache_dir,
+        "max_reject_share": data.max_reject_share,
+        "device": device,
+        "attention_backend": config.model.attention_backend,
+        "pin_memory": device.type == "cuda",
+    }
+    loader = build_loader(
+        data.shards,
+        batch_size=data.batch_size,
+        crop=data.crop,
+        random_end=data.random_end,
+        transform=Augment() if data.augment else None,
+        **common,
+    )
+    eval_loader = None
+    if data.held_out:
+        eval_loader = build_loader(
+            data.held_out, batch_size=data.eval_batch_size or data.batch_size, shuffle=False, drop_last=False, **common
+        )
+    return Run(module, loader, eval_loader, patches)
+
+
+def run_config(config: TrainConfig, *, quiet: bool = False, label: str = "Training") -> tuple[Run, TrainResult]:
+    """Build, train (from the newest checkpoint of the run folder where there is one) and show a progress bar."""
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    with distributed(config.train.device) as ranks:
+        return _run_on(config, ranks, quiet or ranks.rank > 0, label)
+
+
+def _run_on(config: TrainConfig, ranks: Ranks, quiet: bool, label: str) -> tuple[Run, TrainResult]:
+    output = Path(config.output)
+    run = build(config, device=pick_device(config.train.device, ranks.local))
+    if ranks.rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        if not ckpt.list_checkpoints(output / CHECKPOINTS):
+            (output / "config.yaml").write_text(yaml.safe_dump(config.to_json(), sort_keys=False), encoding="utf-8")
+    with progress_bar(label, config.train.steps, quiet=quiet) as advance:
+
+        def show(progress: Progress) -> None:
+            note = (
+                f"loss {progress.loss:.4g} · {progress.samples_per_s:.1f} clips/s · {progress.wait_share:.0%} waiting"
+            )
+            if progress.evaluation is not None:
+                note += f" · held-out error {progress.evaluation.teacher_forced.ratio:.3f}"
+            advance(progress.step, note)
+
+        try:
+            result = train_module(
+                run.module,
+                run.loader,
+                config.train,
+                output=output,
+                config=config.identity(),
+                eval_loader=run.eval_loader,
+                ranks=ranks,
+                on_progress=show,
+            )
+        except BaseException:
+            run.close()
+            raise
+    if ranks.rank == 0 and result.evaluation is not None and result.finished:
+        text = json.dumps(result.evaluation.to_json(), indent=1)
+        (output / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+    return run, result
+
+
+def describe(evaluation: Evaluation) -> str:
+    """The evaluation in one line."""
+    steps = ", ".join(f"{step.ratio:.3f}" for step in evaluation.rollout)
+    text = f"error / copy-last error on {evaluation.clips} held-out clips: {evaluation.teacher_forced.ratio:.3f}"
+    if steps:
+        text += f", generating {len(evaluation.rollout)} frames: {steps}"
+    if evaluation.leaking_targets:
+        text += f"; {evaluation.leaking_targets} leaking targets were left out"
+    return text
+
+
+def train(config: TrainConfig) -> int:
+    """Train as a config says, and go on where an earlier run with the same config stopped.
+
+    Returns:
+        0 when all steps are done; 143 when SIGTERM or Ctrl-C ended the run early, with everything saved.
+    """
+    run, result = run_config(config)
+    run.close()
+    if int(os.environ.get("RANK", 0)):  # under torchrun one process speaks for all
+        return 0 if result.finished else STOPPED
+    if result.resumed_from:
+        console.print(f"Resumed from step {result.resumed_from}.")
+    if not result.finished:
+        console.print(f"Stopped at step {result.step} and saved. The same command goes on from there.")
+        return STOPPED
+    if result.evaluation is not None:
+        console.print(describe(result.evaluation).capitalize() + ".")
+    console.print(f"{result.step} steps done; checkpoints and metrics are in {config.output}.")
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`framestream train CONFIG [--section.key value …]`, where CONFIG is a YAML file or the name of a shipped one."""
+    argv = list(arguments)
+    if not argv or argv[0] in ("-h", "--help"):
+        make_parser().print_help()
+        return 0 if argv else 2
+    if argv[0].startswith("-"):
+        raise ConfigError(
+            f"The config file comes first, before {argv[0]}: framestream train CONFIG [--section.key value]."
+        )
+    return train(load_config(argv[0], argv[1:]))
+
+
+if __name__ == "__main__":
+    from .cli import main as cli
+
+    sys.exit(cli(["train", *sys.argv[1:]]))
