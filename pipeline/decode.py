@@ -145,7 +145,7 @@ def choose_backend(name: str = "auto", device: str | None = None) -> tuple[str, 
 
 def _choose(device: str | None) -> tuple[str, str]:
     if device is not None and torch.device(device).type == "cpu":
-        return "pyav", "the CPU was asked for"
+        return "pyav", "decoding for the CPU"
     if torch.utils.data.get_worker_info() is not None:
         return "pyav", "workers decode on the CPU"
     if not torch.cuda.is_available():

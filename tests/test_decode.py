@@ -358,7 +358,7 @@ def test_auto_says_once_what_it_chose(clip: bytes, caplog: pytest.LogCaptureFixt
             choose_backend("auto", device="cpu")
             open_decoder(clip, backend="auto").close()
     chosen = [record.message for record in caplog.records]
-    assert chosen[0] == "decoder: pyav (the CPU was asked for)"
+    assert chosen[0] == "decoder: pyav (decoding for the CPU)"
     assert len(chosen) == 2
     assert choose_backend("auto", device="cpu")[0] == "pyav"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -145,7 +145,7 @@ def _candidates(
     return runs
 
 
-def _interleaved(candidates: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
+def _interleaved(candidates: Mapping[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
     """Median milliseconds of each candidate; one warm-up round, then `repeats` rounds in turn."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats + 1):
