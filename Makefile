@@ -49,7 +49,7 @@ lint: $(INSTALLED)
 # mypy looks packages up by folder, so give it one in which the installed names hold.
 types: $(INSTALLED)
 	@mkdir -p build/types/framestream
-	@for p in pipeline model tools configs; do ln -sfn $(CURDIR)/$$p build/types/framestream/$$p; done
+	@for p in pipeline model tools configs; do ln -sfn "$(CURDIR)/$$p" build/types/framestream/$$p; done
 	MYPYPATH=build/types $(BIN)/mypy -p framestream.pipeline -p framestream.model -p framestream.tools
 
 clean:

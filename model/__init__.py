@@ -6,8 +6,9 @@ their module (`rollout.rollout`, `evaluate.evaluate`) are imported from there.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from framestream.pipeline.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .attention import frame_attention as frame_attention
@@ -40,16 +41,4 @@ _HOME = {
     "trainer": "TrainSettings train",
     "video_frame_utils": "FrameLevelMaskGenerator VideoFrameSampler",
 }
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
-
-__all__ = sorted(_MODULE_OF)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__all__, __getattr__, __dir__ = lazy_exports(__name__, _HOME)

@@ -205,12 +205,13 @@ class AutoregressiveReconstruction(nn.Module):
         }
         return self(batch, hidden_states, hidden_time).loss
 
-    def encode(self, frames: Tensor, frame_index: Tensor | None = None) -> Tensor:
+    def encode(self, frames: Tensor, frame_index: Tensor | None = None, frame_valid: Tensor | None = None) -> Tensor:
         """Patch embeddings of the frozen tower: `[B, F, 3, H, W]` to float32 `[B, F, P, D]`, detached.
 
         Args:
             frames: uint8 or float.
             frame_index: `[B, F]`; frames of one clip with equal index are encoded once.
+            frame_valid: bool `[B, F]`, with an index; what is not valid is not encoded, and gets some other embedding.
 
         Raises:
             ConfigError: the tower's embeddings have another size than `embedding_dim`.
@@ -220,7 +221,7 @@ class AutoregressiveReconstruction(nn.Module):
         if frame_index is None:
             embedded = self.tower(flat)
         else:
-            first, source = unique_frames(frame_index)
+            first, source = unique_frames(frame_index, frame_valid)
             embedded = self.tower(flat if len(first) == len(flat) else flat[first.to(flat.device)])
             if len(first) != len(flat):
                 embedded = embedded[source.to(embedded.device)]
@@ -238,12 +239,14 @@ class AutoregressiveReconstruction(nn.Module):
                 raise ConfigError(f"the batch's {key} must be a tensor of {list(shape)} like its frames, got {got}")
         # One transfer from the device for everything that decides about frames.
         facts = torch.stack([batch[key].long() for key in ("frame_index", "frame_stream", "frame_valid")]).cpu()
-        embedded = self.encode(frames, facts[0])
+        embedded = self.encode(frames, facts[0], facts[2].bool())
         grid = self.tower.tower.grid or squarest_grid(embedded.shape[2])
         stream = batch["frame_stream"].to(embedded.device).long()
         embeddings, patches, grids = self._pool(embedded, stream, grid)
         if self.config.target_norm:
             embeddings = F.layer_norm(embeddings, embeddings.shape[-1:])
+        # Whatever stands in padding, NaN even, reaches nothing.
+        embeddings = embeddings.masked_fill(~batch["frame_valid"].to(embeddings.device).bool()[:, :, None, None], 0)
         layouts = tuple(
             FrameLayout.from_arrays(index, streams, valid, patches) for index, streams, valid in facts.unbind(1)
         )
@@ -293,8 +296,10 @@ class AutoregressiveReconstruction(nn.Module):
         return rollout(self, batch, steps, hidden_states=hidden_states, hidden_time=hidden_time)
 
     def _rollout_loss(self, clips: PreparedClips, hidden_states: Tensor | None, hidden_time: Tensor | None) -> Tensor:
-        from .rollout import generate
+        from .rollout import generate, longest_rollout
 
+        if longest_rollout(clips) < self.config.rollout_steps:
+            return clips.embeddings.new_zeros(())
         free = generate(self, clips, self.config.rollout_steps, hidden_states, hidden_time)
         there = torch.isfinite(free.copy_last_error)  # NaN for clips too short to roll out
         return torch.where(there, free.frame_error, 0).sum() / there.sum().clamp(min=1)

@@ -12,7 +12,6 @@ killed at any moment leaves the previous checkpoint intact. Nothing read from on
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from framestream.pipeline.atomic import atomic_write, fsync
 from framestream.pipeline.errors import StateError
 
 FORMAT_VERSION = 1
@@ -43,21 +43,8 @@ class Checkpoint:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a temporary name, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Write JSON as a whole or not at all."""
+    atomic_write(path, json.dumps(value, indent=1).encode())
 
 
 def save_checkpoint(
@@ -78,13 +65,13 @@ def save_checkpoint(
     full_state = {"version": FORMAT_VERSION, **state}
     write_json(temporary / STATE_FILE, full_state)
     for file in temporary.iterdir():
-        _sync(file)
-    _sync(temporary)
+        fsync(file)
+    fsync(temporary)
     if final.exists():  # the same step again, after a resume: the old one is as good
         shutil.rmtree(temporary)
     else:
         temporary.rename(final)
-        _sync(folder)
+        fsync(folder)
     return Checkpoint(final, full_state)
 
 

@@ -91,16 +91,20 @@ def _flat_positions(patches: tuple[int, ...], width: int) -> Tensor:
     return torch.cat([torch.arange(count) + frame * width for frame, count in enumerate(patches)])
 
 
-def unique_frames(frame_index: Tensor) -> tuple[Tensor, Tensor]:
-    """Flat positions of the frames to encode, and for each frame of `[B, F]` which of them it is."""
+def unique_frames(frame_index: Tensor, frame_valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Flat positions of the frames to encode, and for each frame of `[B, F]` which of them it is; invalid ones any."""
     index = frame_index.cpu()
+    valid = torch.ones_like(index) if frame_valid is None else frame_valid.cpu()
     first: list[int] = []
     source: list[int] = []
-    for clip, row in enumerate(index.tolist()):
+    for clip, (row, usable) in enumerate(zip(index.tolist(), valid.tolist(), strict=True)):
         seen: dict[int, int] = {}
         for position, frame in enumerate(row):
+            if not usable[position]:
+                source.append(0)
+                continue
             if frame not in seen:
                 seen[frame] = len(first)
                 first.append(clip * len(row) + position)
             source.append(seen[frame])
-    return torch.tensor(first), torch.tensor(source)
+    return torch.tensor(first or [0]), torch.tensor(source)

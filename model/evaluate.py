@@ -54,7 +54,8 @@ class Evaluation:
 
     `teacher_forced` is over every fast target frame, `slow` over every slow one (further apart in time, so harder to
     copy). `rollout[s]` is the (s+1)-th frame that the model generates from its own output, and `forced_steps[s]`
-    the teacher-forced error on exactly those frames. In `rollout`, copy-last repeats the last true history frame.
+    the teacher-forced error on those frames, as far as the mask hides them from their query. In `rollout`, copy-last
+    repeats the last true history frame.
     """
 
     clips: int
@@ -80,6 +81,12 @@ class Evaluation:
             "leaking_targets": self.leaking_targets,
             "seconds": self.seconds,
         }
+
+
+def _view(module: AutoregressiveReconstruction) -> View:
+    """Patches as they are measured: pixels where the tower can undo what it did, and nothing was done after it."""
+    to_pixels = None if module.config.target_norm else getattr(module.tower.tower, "to_pixels", None)
+    return to_pixels or (lambda patches: patches)
 
 
 def _last_fast(clips: PreparedClips, steps: int) -> Tensor:
@@ -135,8 +142,8 @@ def evaluate(
         rollout_steps: how many frames to generate; 0 leaves rollout out.
         max_batches: stop after this many batches; None takes them all.
         loss: measure this error instead of the module's own loss, e.g. "mse" of a model trained on "l1". Towers that
-            can give their patches back as pixels (`to_pixels`) are measured in pixels.
-        autocast: run under autocast with this dtype.
+            can give their patches back as pixels (`to_pixels`) are measured in pixels, without `target_norm`.
+        autocast: predict under autocast with this dtype; what is measured against stays in full precision.
 
     Returns:
         Sums over this process's clips; `gather_evaluation` adds up those of all ranks.
@@ -150,7 +157,7 @@ def evaluate(
     # A run that trains on leaking targets is still not measured on them.
     on_leak = "exclude" if config.on_leak == "allow" else config.on_leak
     module.config = replace(config, on_leak=on_leak)
-    metric, view = loss or config.loss, getattr(module.tower.tower, "to_pixels", lambda patches: patches)
+    metric, view = loss or config.loss, _view(module)
     clips = leaking = 0
     forced = slow = ErrorSum()
     forced_steps = [ErrorSum()] * rollout_steps
@@ -161,25 +168,26 @@ def evaluate(
                 break
             batch = move_batch(batch, device)
             # A rank without a row of its own repeats one, which must not count twice.
-            real = torch.tensor([not meta.get("padding") for meta in batch["meta"]])
+            frames = module.prepare(batch)
+            rows = batch.get("meta") or [{}] * len(frames.layouts)
+            real = torch.tensor([not meta.get("padding") for meta in rows])
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                frames = module.prepare(batch)
-                predicted = frames.unpack(module.predict(frames)[0])
-                error, copied = _errors(frames, predicted, view, metric)
-                error[~real] = torch.nan
-                fast = frames.stream.cpu() == FAST
-                forced += ErrorSum.over(error[fast], copied[fast])
-                slow += ErrorSum.over(error[~fast], copied[~fast])
-                if rollout_steps:
-                    last = _last_fast(frames, rollout_steps)
-                    made = generate(module, frames, rollout_steps).predictions
-                    step_error, step_copied = _rollout_errors(frames, made, last, view, metric)
-                    step_error[~real] = torch.nan
-                    for s in range(rollout_steps):
-                        queries = last[:, s : s + 1]  # the prediction of a frame is made at the frame before it
-                        forced_steps[s] += ErrorSum.over(_picked(error, queries), _picked(copied, queries))
-                        generated[s] += ErrorSum.over(step_error[:, s], step_copied[:, s])
-            leaking += frames.leaking
+                tokens = module.predict(frames)[0]
+                made = generate(module, frames, rollout_steps).predictions if rollout_steps else None
+            error, copied = _errors(frames, frames.unpack(tokens.float()), view, metric)
+            error[~real] = torch.nan
+            fast = frames.stream.cpu() == FAST
+            forced += ErrorSum.over(error[fast], copied[fast])
+            slow += ErrorSum.over(error[~fast], copied[~fast])
+            if made is not None:
+                last = _last_fast(frames, rollout_steps)
+                step_error, step_copied = _rollout_errors(frames, made.float(), last, view, metric)
+                step_error[~real] = torch.nan
+                for s in range(rollout_steps):
+                    queries = last[:, s : s + 1]  # the prediction of a frame is made at the frame before it
+                    forced_steps[s] += ErrorSum.over(_picked(error, queries), _picked(copied, queries))
+                    generated[s] += ErrorSum.over(step_error[:, s], step_copied[:, s])
+            leaking += int((frames.has_target & ~frames.scored).cpu()[real].sum())
             clips += int(real.sum())
     finally:
         module.config = config

@@ -53,7 +53,7 @@ class CosineTower(nn.Module):
 
     def to_pixels(self, patches: Tensor) -> Tensor:
         """`[..., P, D]` -> pixel patches `[..., P, D]` on a scale of 0 to 1, as `PixelTower` makes them."""
-        return (patches.float() @ self.inverse) * _CONTRAST + _GREY
+        return (patches.float() @ self.inverse.float()) * _CONTRAST + _GREY
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """`[..., P, D]` -> frames `[..., 3, H, W]` on a scale of 0 to 1."""

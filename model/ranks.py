@@ -27,12 +27,17 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """ "auto" is this rank's CUDA device where there is one, else the CPU. ConfigError when a named one is missing."""
     if name == "auto":
         return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    unknown = f"train.device {name!r} is unknown: use auto, cpu, cuda or cuda:N."
     try:
         device = torch.device(name)
     except RuntimeError as err:
-        raise ConfigError(f"train.device {name!r} is unknown: use auto, cpu, cuda or cuda:N.") from err
+        raise ConfigError(unknown) from err
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(unknown)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"train.device is {name!r}, but torch sees no CUDA device: use auto or cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"train.device is {name!r}, and there are {torch.cuda.device_count()} CUDA devices.")
     return torch.device("cuda", local_rank) if name == "cuda" else device
 
 

@@ -72,9 +72,15 @@ def rollout(
         teacher_forced: feed the true frames back instead, which gives what the parallel pass predicts.
 
     Raises:
-        ConfigError: `steps` below 1, or no fewer than the fast frames of the batch.
+        ConfigError: `steps` no whole number, below 1, or no fewer than the fast frames of the batch; hidden states of
+            another batch size.
     """
     return generate(module, module.prepare(batch), steps, hidden_states, hidden_time, teacher_forced=teacher_forced)
+
+
+def longest_rollout(clips: PreparedClips) -> int:
+    """Steps that the clip with most fast frames, valid or not, has room for; -1 without any fast frame."""
+    return max(sum(s == FAST for s in layout.stream) for layout in clips.layouts) - 1
 
 
 def generate(
@@ -87,17 +93,22 @@ def generate(
     teacher_forced: bool = False,
 ) -> RolloutOutput:
     """As `rollout`, on prepared clips, and differentiable."""
-    most = max(sum(s == FAST for s in layout.stream) for layout in clips.layouts) - 1
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise ConfigError(f"steps of a rollout must be a whole number, got {steps!r}")
+    most = longest_rollout(clips)
     if not 1 <= steps <= most:
+        allowed = f"1 to {most}" if most >= 1 else "none"
         raise ConfigError(
             f"a rollout of {steps} steps needs at least 1 step and, before them, a fast frame to start from: "
-            f"these clips allow 1 to {most}"
+            f"these clips allow {allowed}"
         )
+    for name, given in (("hidden_states", hidden_states), ("hidden_time", hidden_time)):
+        if given is not None and (given.dim() == 0 or len(given) != len(clips.layouts)):
+            raise ConfigError(f"{name} must have a row for each of {len(clips.layouts)} clips, got {list(given.shape)}")
     found = [_continuation(layout, clips.mask[i], steps) for i, layout in enumerate(clips.layouts)]
     usable = [i for i, way in enumerate(found) if way is not None]
     size, device = len(found), clips.embeddings.device
-    one = clips.layouts[0]
-    patches = one.patches[one.stream.index(FAST)]
+    patches = next(one.patches[one.stream.index(FAST)] for one in clips.layouts if FAST in one.stream)
     predictions = torch.full((size, steps, patches, clips.embeddings.shape[-1]), torch.nan, device=device)
     errors = torch.full((2, size, steps), torch.nan, device=device)
     if not usable:

@@ -115,9 +115,7 @@ class TowerAdapter(nn.Module):
         if self.mean is not None and self.std is not None:
             mean, std = (frames.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
             frames = (frames - mean) / std
-        weight = next(self.tower.parameters(), None)
-        if weight is not None and weight.dtype.is_floating_point:
-            frames = frames.to(weight.dtype)
+        frames = frames.to(_float_dtype(self.tower) or frames.dtype)
         out = _tensor_of(self._torchvision_patches(frames) if _is_torchvision_vit(self.tower) else self.tower(frames))
         if out.dim() == 4:  # [n, D, h, w]
             self.grid = (out.shape[2], out.shape[3])
@@ -209,7 +207,15 @@ class FrozenTower(nn.Module):
             self.tower.eval()
         if not frames.is_floating_point():
             frames = frames.float() / 255
+        if not isinstance(self.tower, TowerAdapter):  # which casts after normalising
+            frames = frames.to(_float_dtype(self.tower) or frames.dtype)
         return self.tower(frames).detach().float()
+
+
+def _float_dtype(tower: nn.Module) -> torch.dtype | None:
+    """What the tower computes in: the dtype of its first floating parameter or buffer."""
+    held = (t.dtype for tensors in (tower.parameters(), tower.buffers()) for t in tensors)
+    return next((dtype for dtype in held if dtype.is_floating_point), None)
 
 
 def _is_torchvision_vit(tower: nn.Module) -> bool:

@@ -28,6 +28,7 @@ from framestream.pipeline.errors import ConfigError, FramestreamError
 
 from . import checkpoint as ckpt
 from .evaluate import Evaluation, evaluate, gather_evaluation, move_batch
+from .losses import LOSSES
 from .metrics import METRICS_FILE, MetricsLog, differences, read_metrics
 from .ranks import Ranks, any_rank, mean_over_ranks, pick_device
 
@@ -99,9 +100,19 @@ class TrainSettings:
             "rollout_steps",
             "checkpoint_every",
             "threads",
+            "seed",
         ):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ConfigError(f"train.{name} must not be negative, got {getattr(self, name)}.")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} must be at least 0 and below 1, got {getattr(self, name)}.")
+        if not 0 <= self.min_lr_share <= 1:
+            raise ConfigError(f"train.min_lr_share must be between 0 and 1, got {self.min_lr_share}.")
+        if self.eval_batches is not None and self.eval_batches < 1:
+            raise ConfigError(f"train.eval_batches must be at least 1, or null for all, got {self.eval_batches}.")
+        if self.eval_loss is not None and self.eval_loss not in LOSSES:
+            raise ConfigError(f"train.eval_loss must be one of {', '.join(LOSSES)}, got {self.eval_loss!r}.")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ConfigError(f"train.lr must be a positive number, got {self.lr}.")
         if self.precision not in ("fp32", "bf16"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -65,8 +65,8 @@ class ClipCollator:
         block_mask: bool = False,
     ) -> None:
         check_rule(mask)
-        if window_size < 1:
-            raise ConfigError(f"window_size is {window_size}; it counts the frame itself, so at least 1.")
+        if isinstance(window_size, bool) or not isinstance(window_size, int) or window_size < 1:
+            raise ConfigError(f"window_size is {window_size!r}; it counts the frame itself, so at least 1.")
         if position_ids not in ("source", "sequence"):
             raise ConfigError(f"position_ids is {position_ids!r}; valid values are source, sequence.")
         self.patches_per_frame = _check_patches(patches_per_frame)
@@ -135,7 +135,7 @@ def _together(values: list[Any]) -> Any:
 
 
 def _check_patches(patches: int | tuple[int, int]) -> int | tuple[int, int]:
-    counts = (patches,) if isinstance(patches, (int, np.integer)) else tuple(patches)
+    counts = tuple(patches) if isinstance(patches, Iterable) else (patches,)
     if (
         len(counts) > 2
         or not counts

@@ -1,6 +1,6 @@
 """The process in which Decord runs, so that a crash or a hang in it costs one sample and not the training run.
 
-Started as `python -m framestream.pipeline.decode_child`. It reads requests from its standard input and answers on
+Started by `framestream.pipeline.isolation`. It reads requests from its standard input and answers on
 its standard output, both as `message` packs them: lengths, a JSON object, bytes. Nothing else crosses.
 """
 
@@ -100,7 +100,3 @@ def main() -> None:
             send(replies, {"error": f"{type(err).__name__}: {str(err)[:300]}"})
         else:
             send(replies, answer, memoryview(frames.reshape(-1)))
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,6 @@ import functools
 import importlib.util
 import io
 import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,11 +20,12 @@ import torch
 from .checked import CheckedDecoder, tiny_clip
 from .decode import check_indices, fit_short_side, resize_short_side
 from .errors import DecodeError
+from .fresh_python import fresh_python
 from .isolation import HelperDied, helper
 from .packet_table import PacketTable, Picture, label
 
 _CODECS = ("h264", "vp9", "vp8", "mpeg4")
-_INSTALL = "pip install decord (x86-64 Linux and Windows), or build it with CUDA"
+_INSTALL = "pip install decord (x86-64 Linux), or build it with CUDA"
 
 
 def why_not() -> str:
@@ -43,15 +43,13 @@ def why_not_gpu() -> str:
     if not torch.cuda.is_available():
         return "there is no CUDA device."
     # In a process of its own: a driver that does not fit may end it.
-    code = (
+    command, environment = fresh_python(
         "import decord, io, sys\n"
         "reader = decord.VideoReader(io.BytesIO(sys.stdin.buffer.read()), ctx=decord.gpu(0))\n"
         "assert reader.get_batch([0, 1]).shape[0] == 2\n"
     )
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", code], input=tiny_clip(), capture_output=True, timeout=60, check=False
-        )
+        done = subprocess.run(command, env=environment, input=tiny_clip(), capture_output=True, timeout=60, check=False)
     except subprocess.TimeoutExpired:
         return "Decord's GPU reader does not answer."
     if done.returncode == 0:

@@ -63,7 +63,7 @@ class Health:
     """
 
     def __init__(self, max_reject_share: float, rejects_path: str | os.PathLike[str] | None = None) -> None:
-        if not 0 <= max_reject_share <= 1:
+        if not isinstance(max_reject_share, (int, float)) or not 0 <= max_reject_share <= 1:
             raise ConfigError(f"max_reject_share is {max_reject_share!r}; it must be a share from 0 to 1.")
         self.max_reject_share = max_reject_share
         self.rejects_path = None if rejects_path is None else Path(rejects_path)

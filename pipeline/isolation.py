@@ -9,11 +9,11 @@ import atexit
 import os
 import signal
 import subprocess
-import sys
 import threading
 from typing import Any
 
 from .decode_child import receive, send
+from .fresh_python import fresh_python
 
 _FAILURES = 32  # Decord keeps the input of every open that fails; start afresh before that adds up
 
@@ -88,13 +88,14 @@ class Helper:
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
             self._failures = 0
+            command, environment = fresh_python("from framestream.pipeline.decode_child import main; main()")
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "framestream.pipeline.decode_child"],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 bufsize=0,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                env=environment,
             )
         return self._process
 

@@ -102,7 +102,7 @@ def make_mask(rule: str | Rule, layout: FrameLayout, **options: Any) -> FrameMas
 
 def check_rule(rule: str | Rule) -> None:
     """Raise a ConfigError that lists the valid names unless `rule` is one of them or a function."""
-    if not callable(rule) and rule not in RULES:
+    if not callable(rule) and not (isinstance(rule, str) and rule in RULES):
         raise ConfigError(f"mask {rule!r} is unknown; valid names are {', '.join(RULES)}, or pass a function.")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -105,8 +104,8 @@ def _is_count(value: Any, low: int = 0, high: int = 1 << 40) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _is_number(value: Any, low: float = 0.0) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value < math.inf
+def _is_number(value: Any, low: float = 0.0, high: float = 1e12) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
 _CHECKS = {

@@ -17,6 +17,7 @@ import numpy as np
 from .errors import ConfigError
 
 SLOW, FAST = 0, 1
+MAX_FPS = 1e6
 
 Order = Literal["concat", "interleave", "time"]
 SlowCoverage = Literal["clip", "stride"]
@@ -193,8 +194,8 @@ def sampling_for_length(num_frames: int) -> Sampling:
     Below 30 all frames are taken; 30 to 60 take 8 fast and 8 slow (strides 1 and 4); longer clips take 16 fast
     and 8 slow (strides 2 and 8). The strides of the slow frames act (`slow_coverage="stride"`).
     """
-    if num_frames < 1:
-        raise ConfigError(f"sampling_for_length() needs a clip of at least 1 frame, got {num_frames}.")
+    if not _is_count(num_frames):
+        raise ConfigError(f"sampling_for_length() needs a clip of at least 1 frame, got {num_frames!r}.")
     if num_frames < 30:
         return DenseSampling(num_frames)
     if num_frames <= 60:
@@ -221,7 +222,7 @@ def make_sampling(spec: Sampling | Mapping[str, Any]) -> Sampling:
     options = dict(spec)
     kind = options.pop("kind", "fast_slow")
     kinds = {"fast_slow": FastSlowSampling, "dense": DenseSampling, "length": sampling_for_length}
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ConfigError(f"sampling kind {kind!r} is unknown; valid kinds are {', '.join(kinds)}.")
     known = (
         ["num_frames"] if kind == "length" else [f.name for f in dataclasses.fields(kinds[kind])]  # type: ignore[arg-type]
@@ -276,9 +277,13 @@ def _finish(index: np.ndarray, stream: np.ndarray, valid: np.ndarray) -> Samplin
     return SamplingPlan(index, stream, valid, unique, gather.astype(np.int64).reshape(-1))
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= 1)
+
+
 def _check_count(sampling: object, name: str) -> None:
     value = getattr(sampling, name)
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+    if not _is_count(value):
         raise ConfigError(f"{type(sampling).__name__}: {name} must be a whole number >= 1, got {value!r}.")
 
 
@@ -289,5 +294,9 @@ def _check_choice(sampling: object, name: str, choices: tuple[str, ...]) -> None
 
 
 def _check_fps(sampling: Sampling) -> None:
-    if sampling.fps is not None and not 0 < sampling.fps < float("inf"):
-        raise ConfigError(f"{type(sampling).__name__}: fps must be positive, got {sampling.fps!r}.")
+    fps = sampling.fps
+    number = isinstance(fps, (int, float, np.integer, np.floating)) and not isinstance(fps, bool)
+    if fps is not None and not (number and 0 < fps <= MAX_FPS):
+        raise ConfigError(
+            f"{type(sampling).__name__}: fps must be positive, a number of at most {MAX_FPS:g}, got {fps!r}."
+        )

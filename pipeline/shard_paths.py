@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,10 @@ def resolve(shards: ShardsArgument, storage_options: Mapping[str, Any] | None = 
         ConfigError: nothing named, a shell opener, an impossible pattern, or one shard named twice.
         ShardError: a path that does not exist, or a folder or glob without tars.
     """
+    if not isinstance(shards, (str, os.PathLike, Iterable)):
+        raise ConfigError(
+            f"shards is {shards!r}; give a folder, a tar, a list, a glob, a {{000..012}} pattern or a URL"
+        )
     items = [shards] if isinstance(shards, (str, os.PathLike)) else list(shards)
     if not items:
         raise ConfigError("no shards were named: give a folder, a tar, a list, a glob, a {000..012} pattern or a URL")

@@ -123,7 +123,7 @@ class ClipTransform:
             raise ConfigError(f"crop is {crop!r}; valid values are {', '.join(CROPS)}.")
         if transform is not None and not callable(transform):
             raise ConfigError(f"transform is {transform!r}; it must be callable as transform(frames, generator).")
-        if not timeout_s > 0:
+        if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
             raise ConfigError(f"timeout_s is {timeout_s!r}; it must be a positive number of seconds.")
         self.sampling = make_sampling(sampling)
         self.image_size, self.crop = image_size, crop

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import pytest
 
 from framestream.pipeline import ConfigError, FastSlowSampling, build_loader
+from framestream.pipeline.fresh_python import fresh_python
 from framestream.tools.cli import main
+from framestream.tools.config import parse
 
 from synthetic import make_video
 from synthetic_shards import make_shards
@@ -86,6 +89,9 @@ def config(folder, text):
         ("data: {shards: shards, sampling: {kind: fast_slow, num_fast: 0}}", "num_fast"),
         ("data: {shards: shards, sampling: {kind: fast_slow, num_quick: 2}}", "num_quick"),
         ("data: {shards: shards, sampling: {kind: dense, num_frames: 0}}", "num_frames"),
+        ("data: {shards: shards, sampling: {kind: fast_slow, fps: fast}}", "fps must be positive"),
+        ("data: {shards: shards, sampling: {kind: length, num_frames: ten}}", "at least 1 frame, got 'ten'"),
+        ("data: {shards: shards, sampling: {kind: [x]}}", "{'kind': ['x']}"),
         ("data: {shards: nowhere}", "nowhere"),
         ("data: {shards: shards, mask: casual}", "casual"),
         ("data: {shards: shards, decoder: ffmpeg}", "ffmpeg"),
@@ -125,6 +131,76 @@ def test_a_config_cannot_run_code(text, framestream, tmp_path, monkeypatch):
     assert code == 2, output
     assert not (tmp_path / "marker").exists()
     assert "payload" not in sys.modules
+
+
+def test_python_files_among_the_videos_are_not_run(framestream, tmp_path):
+    videos = tmp_path / "in"
+    videos.mkdir()
+    make_video(videos / "good.mp4", num_frames=24)
+    for name in ("numpy", "torch", "json", "signal", "av", "decord", "framestream", "sitecustomize"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w').close()\n")
+    code, said = framestream("shard", "in", "--output", "out", "--clip-seconds", "0.5")
+    assert code == 0, said
+    code, said = framestream("verify", "out")
+    assert code == 0, said
+    # As Decord's process and the check of its GPU reader are started.
+    command, environment = fresh_python("import numpy; print(numpy.__version__)")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith(("1.", "2.")), done.stderr
+    assert not (tmp_path / "marker").exists()
+
+
+def test_an_output_that_cannot_be_written(framestream, tmp_path):
+    (tmp_path / "file").touch()
+    code, said = framestream("bench", "masks", "--output", "file/x", "--tokens", "256")
+    assert code == 2
+    assert "output file/x cannot be made" in said
+    code, said = framestream("verify", "file")
+    assert code == 2
+    assert "file is a file: give the folder that holds it" in said
+
+
+def test_what_the_system_refuses_is_a_sentence(framestream, tmp_path):
+    shards = make_shards(tmp_path / "shards", num_samples=1)
+    (shards / "index.json").unlink()
+    (shards / "index.json").mkdir()
+    code, said = framestream("verify", "shards", "--repair-index")
+    assert code == 1
+    assert "index.json: Is a directory." in said
+
+
+CLASS = '{"class_path": "payload.Evil"}'
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--data", "--model", "--train", "--model.tower", "--data.sampling", "--data.mask", "--model.mask"),
+        *("--model.tower.kind", "--model.tower.mean", "--model.tower.class_path", "--data.sampling.kind"),
+    ],
+)
+@pytest.mark.parametrize("value", [CLASS, "payload.Evil", "sec.yaml"])
+def test_an_option_cannot_run_code(option, value, framestream, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "payload", raising=False)
+    (tmp_path / "payload.py").write_text("open('marker', 'w').close()\nclass Evil: pass\n")
+    (tmp_path / "sec.yaml").write_text("class_path: payload.Evil\n")
+    run = config(tmp_path, "data: {shards: shards}")
+    for given in ((option, value), (f"{option}={value}",)):
+        code, output = framestream("train", run, *given)
+        assert code == 2, output
+        if option in ("--data", "--model", "--train", "--model.tower"):
+            assert "is a section; set its keys, e.g. --" in output
+        assert not (tmp_path / "marker").exists()
+        assert "payload" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "values", [{"class_path": "payload.Evil"}, {"model": "payload.Evil"}, {"model": {"tower": {"class_path": "p.E"}}}]
+)
+def test_values_from_code_import_nothing_either(values):
+    with pytest.raises(ConfigError, match=r"unknown key|must be a section"):
+        parse(values)
 
 
 @pytest.mark.parametrize("name", ["num_fast", "num_slow", "fast_stride", "slow_stride"])

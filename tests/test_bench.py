@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from framestream.tools.cli import main
 
 
 @pytest.mark.parametrize(("name", "candidates"), [("masks", 2), ("attention", 3)])
 def test_bench_prints_and_writes(name, candidates, tmp_path, capsys):
-    code = main(["bench", name, "--output", str(tmp_path), "--repeats", "2", "--tokens", "[256]"])
+    code = main(["bench", name, "--output", str(tmp_path), "--repeats", "2", "--tokens", "256", "512"])
     assert code == 0
     result = json.loads((tmp_path / f"{name}.json").read_text())
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert result["device"] == "cpu"
+    assert {row["case"].rpartition("=")[2] for row in result["rows"]} == {"256", "512"}
     printed = capsys.readouterr().out
     for row in result["rows"]:
         assert len(row["ms"]) == candidates
@@ -26,6 +28,17 @@ def test_bench_prints_and_writes(name, candidates, tmp_path, capsys):
 def test_impossible_benchmarks_stop_at_once(capsys):
     assert main(["bench", "masks", "--repeats", "0"]) == 2
     assert "at least one repeat" in capsys.readouterr().err
+    assert main(["bench", "masks", "--device", "foo"]) == 2
+    assert "device is 'foo', it has to be cpu or cuda" in capsys.readouterr().err
+    assert main(["bench", "masks", "--threads", "0"]) == 2
+    assert "threads is 0" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["bench", "speed"])
     assert "masks" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there_is_said_before_measuring(tmp_path, capsys):
+    assert main(["bench", "masks", "--device", "cuda", "--output", str(tmp_path / "out")]) == 2
+    assert "finds no CUDA device" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -99,6 +99,8 @@ def test_overrides_reach_every_level(tmp_path: Path) -> None:
         ("model: {num_heads: 0}", [], "num_heads must be a whole number of at least 1"),
         ("", ["stray"], "stray"),
         ("data: {crop: middle}", [], "data.crop"),
+        ("data: {eval_batch_size: 0}", [], "data.eval_batch_size must be at least 1"),
+        ("data: {seed: -1}", [], "data.seed must not be negative"),
     ],
 )
 def test_wrong_configs_are_refused_in_a_sentence(
@@ -125,6 +127,20 @@ def test_wrong_configs_are_refused_in_a_sentence(
         (["--train.device=quantum"], "train.device 'quantum' is unknown"),
         (["--data.batch_size=99"], "batch_size=99 .* there are 2"),
         (["--data.shards="], "data.shards is not set"),
+        (["--train.device=meta"], "train.device 'meta' is unknown"),
+        (["--model.rollout_steps=5"], "model.rollout_steps is 5, and the sampling takes 5 fast frames"),
+        (["--train.rollout_steps=5", "--data.held_out=x"], r"train.rollout_steps is 5.*at most 4"),
+        (["--output=/dev/null/run"], "output /dev/null/run cannot be made, /dev/null is no folder"),
+        (["--model.attention_backend=flex", "--train.device=cpu"], "flex cannot train on the CPU"),
+        (["--data.mask=time_causal", "--model.mask=fast_slow"], "data.mask time_causal and model.mask fast_slow"),
+        (
+            ["--data.mask=time_causal", "--model.use_frame_causal_mask=false"],
+            "data.mask time_causal and model.use_frame_causal_mask false are different",
+        ),
+        (
+            ["--data.mask=sliding_window", "--model.mask=sliding_window", "--model.window_size=2"],
+            "data.mask sliding_window and model.mask sliding_window",
+        ),
     ],
 )
 def test_impossible_values_are_found_before_training(
@@ -133,6 +149,28 @@ def test_impossible_values_are_found_before_training(
     config = load_config(write_config(tmp_path / "c.yaml", shards, tmp_path / "run"), options)
     with pytest.raises(ConfigError, match=message):
         build(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ([], ("time_causal", 3)),  # the sampling has both streams
+        (["--data.sampling=null"], ("frame_causal", 3)),
+        (["--data.sampling=null", "--model.use_fast_slow_frames=true"], ("time_causal", 3)),
+        (["--model.use_frame_causal_mask=false"], ("frame_causal", 3)),
+        (["--model.mask=sliding_window", "--model.window_size=2"], ("sliding_window", 2)),
+        (["--data.mask=fast_slow_causal"], ("fast_slow_causal", 3)),
+        (["--data.mask=sliding_window", "--data.window_size=5"], ("sliding_window", 5)),
+    ],
+)
+def test_a_mask_that_is_not_set_follows_from_the_model(
+    options: list[str], rule: tuple[str, int], shards: Path, tmp_path: Path
+) -> None:
+    config = load_config(write_config(tmp_path / "c.yaml", shards, tmp_path / "run"), options)
+    assert config.mask() == rule
+    run = build(config)
+    run.module(next(iter(run.loader)))  # the module agrees
+    run.close()
 
 
 def test_a_config_cannot_run_code(tmp_path: Path) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from framestream.pipeline.decode import available_backends
+from framestream.pipeline.decode import available_backends, open_decoder
 from framestream.pipeline.errors import ConfigError
 from framestream.tools.demo import demo
 from framestream.tools.sources import HOLD_OUT_WHOLE_FROM, MAX_CLIPS, MAX_VIDEOS, select
 
 from page_checks import check_page, lookup, page_text
-from synthetic import make_video
+from synthetic import make_video, read_indices
 from train_setup import start, write_config
 
 
@@ -84,33 +85,90 @@ def test_numbers_are_those_of_the_training_run(finished: Path) -> None:
 
 
 def test_held_out_clips_keep_their_distance(finished: Path) -> None:
-    """No held-out clip shares a frame with a training clip; there is the promised gap between them."""
+    """Read from the pictures: no held-out clip shares a frame with a training clip, and the promised gap is there."""
     from framestream.pipeline.shards import ShardSet
 
-    spans: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    shown: dict[str, dict[str, set[int]]] = {}
     for split in ("train", "val"):
         shards = ShardSet.open(finished / "shards" / split)
         for i in range(shards.num_samples):
-            meta = shards.read(*shards.locate(i)).meta
-            spans.setdefault(meta["source"], {}).setdefault(split, []).append((meta["clip_start"], meta["clip_end"]))
+            sample = shards.read(*shards.locate(i))
+            with open_decoder(sample.video, name=sample.key) as decoder:
+                indices = read_indices(decoder.frames_at(range(decoder.num_frames)))
+            assert indices == list(range(indices[0], indices[0] + len(indices)))
+            shown.setdefault(sample.meta["source"], {}).setdefault(split, set()).update(indices)
     gap = json.loads((finished / "results.json").read_text())["holdout"]["gap_seconds"]
     assert gap > 0
-    assert any(len(parts) == 2 for parts in spans.values())
-    for parts in spans.values():
-        last = max(end for _, end in parts.get("train", [(0.0, 0.0)]))
-        assert all(start >= last + gap - 1e-4 for start, _ in parts.get("val", []))
+    rates = {"wide.mp4": 25, "upright.mov": 30, "sub/wide.mp4": 24}
+    both = [(name, parts) for name, parts in shown.items() if len(parts) == 2]
+    assert both
+    for name, parts in both:
+        fps = next(rate for end, rate in rates.items() if name == end or name.endswith(f"footage0/{end}"))
+        assert (min(parts["val"]) - max(parts["train"])) / fps > gap - 1e-6
 
 
-def test_a_second_run_replaces_the_first_and_nothing_else(finished: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def slow_footage(tmp_path: Path) -> Path:
+    """12 seconds at 5 frames a second: a clip of the default length would have 3 of them."""
+    make_video(tmp_path / "slow.mp4", num_frames=60, fps=5)
+    return tmp_path / "slow.mp4"
+
+
+def test_a_second_run_replaces_the_first_and_nothing_else(
+    finished: Path, slow_footage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     foreign = tmp_path / "mine"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("years of work")
     with pytest.raises(ConfigError, match="no demo made"):
         demo(videos="x", output=str(foreign))
     assert (foreign / "thesis.txt").read_text() == "years of work"
-    (finished / "shards" / "left-over").write_text("")
-    with pytest.raises(ConfigError, match="does not exist"):
-        demo(videos=str(tmp_path / "nowhere"), output=str(finished.parent / "again"))
+
+    again = tmp_path / "again"
+    shutil.copytree(finished, again)
+    (again / "shards" / "left-over").write_text("")
+    (again / "train" / "left-over").write_text("")
+    (again / "thesis.txt").write_text("years of work")
+    config = write_config(tmp_path / "c.yaml", Path("shards"), tmp_path)
+    assert demo(videos=str(slow_footage), output=str(again), config=str(config), steps=2, workers=1) == 0
+    assert not list(again.glob("*/left-over"))
+    assert (again / "thesis.txt").read_text() == "years of work"
+    results = json.loads((again / "results.json").read_text())
+    assert [source["name"] for source in results["sources"]] == ["slow.mp4"]
+    # The clips were made long enough for 5 fast frames, and so for a rollout.
+    assert "Clips last 1.10 s instead of 0.64 s" in " ".join(results["notes"])
+    assert results["evaluation"]["rollout"][0]["ratio"] is not None
+    assert all(sum(valid for valid, stream in zip(clip["valid"], clip["stream"], strict=True) if stream) == 5
+               for clip in results["clips"])  # fmt: skip
+    assert "for the first generated frame" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_without_rollout_the_page_says_so(
+    slow_footage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path / "c.yaml", Path("shards"), tmp_path, rollout_steps=0, eval_every=1)
+    assert demo(videos=str(slow_footage), output=str(tmp_path / "out"), config=str(config), steps=2, workers=1) == 0
+    text = page_text(check_page(tmp_path / "out" / "report.html"))
+    assert "were not measured (the settings ask for none)" in text
+    assert "This run generated no frames" in text
+    assert "generated for" not in text
+    assert "first generated frame." not in capsys.readouterr().err
+
+
+def test_a_demo_of_normalised_targets_is_refused(slow_footage: Path, tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("model: {tower: {kind: cosine, patch_size: 4}, embedding_dim: 48, target_norm: true}")
+    with pytest.raises(ConfigError, match=r"model\.target_norm"):
+        demo(videos=str(slow_footage), output=str(tmp_path / "out"), config=str(config))
+
+
+def test_a_video_too_short_for_its_rate_is_left_out_with_a_note(tmp_path: Path) -> None:
+    make_video(tmp_path / "fine.mp4", num_frames=120, fps=24)
+    make_video(tmp_path / "lapse.mp4", num_frames=10, fps=2)
+    chosen = select([str(tmp_path)], 0.5, frames=8)
+    assert [part.name for part in chosen.footage] == ["fine.mp4"]
+    assert chosen.clip_seconds == 0.5
+    assert any("2 frames per second and is too short for clips of 8 frames" in note for note in chosen.notes)
 
 
 def test_folders_that_cannot_work_are_refused_in_a_sentence(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,9 +26,11 @@ def layout_of(order: str = "concat", frames: int = 16) -> FrameLayout:
     return FrameLayout.from_plan(plan, patches=[FRAME_PATCHES] * plan.num_frames)
 
 
-def influence(layout: FrameLayout, mask: FrameMask, layers: int, backend: str, **options: Any) -> torch.Tensor:
+def influence(
+    layout: FrameLayout, mask: FrameMask, layers: int, backend: str, width: int = 16, **options: Any
+) -> torch.Tensor:
     """bool `[F, F]`: does any bit of what frame i predicts change when the content of frame j does?"""
-    predictor = small_predictor(layers=layers, attention_backend=backend)
+    predictor = small_predictor(layers=layers, attention_backend=backend, width=width)
     torch.manual_seed(2)
     tokens = torch.randn(1, layout.num_tokens, 6)
     plan = plan_attention(mask, 1, "cpu", backend, **options)
@@ -52,6 +55,32 @@ def test_influence_equals_the_boolean_power_of_the_mask(rule: str, order: str, b
         layout = layout_of(order, frames)
         mask = make_mask(rule, layout)
         assert torch.equal(influence(layout, mask, layers, backend), mask.reach(layers).matrix())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+def test_influence_under_flex_equals_the_boolean_power_of_the_mask(rule: str) -> None:
+    layout = layout_of("interleave")
+    mask = make_mask(rule, layout)
+    assert torch.equal(influence(layout, mask, 3, "flex", width=32), mask.reach(3).matrix())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("backend", ["flex", "ranges"])
+def test_influence_through_the_module_on_a_gpu(rule: str, backend: str) -> None:
+    batch = batch_of(FastSlowSampling(num_fast=4, num_slow=4, order="interleave"), (16,), mask=rule)
+    batch = {name: value.to("cuda") for name, value in batch.items()}
+    module = small_module(on_leak="allow", attention_backend=backend).cuda().eval()
+    clips = module.prepare(batch)
+    with torch.no_grad():
+        calm = module.predict(clips)[0]
+        columns = []
+        for frame in range(len(clips.layouts[0].stream)):
+            pushed = replace(clips, embeddings=clips.embeddings.clone())
+            pushed.embeddings[:, frame] += 3
+            columns.append((module.predict(pushed)[0] != calm).unflatten(1, (-1, PATCHES)).flatten(2).any(-1)[0])
+    assert torch.equal(torch.stack(columns, dim=1).cpu(), clips.mask[0].reach(module.config.num_layers).matrix())
 
 
 @pytest.mark.parametrize("backend", ["ranges", "dense"])

@@ -204,7 +204,7 @@ def test_a_frame_wanted_by_both_streams_is_encoded_once() -> None:
     same = {**batch, "frame_index": torch.arange(32).view(2, 16)}
     del same["frame_mask"]
     small_module(tower)(same)
-    assert tower.asked[-1] == 32
+    assert tower.asked[-1] == 16 + 6  # of the second clip, what is not padding
 
 
 # -- streams with fewer patches --------------------------------------------------------------------------
@@ -468,3 +468,31 @@ def test_fsdp2_gives_the_gradients_of_one_process(tmp_path: Path) -> None:
         sharded.eval().rollout(batch, 2)
     finally:
         dist.destroy_process_group()
+
+
+def test_what_stands_in_padding_reaches_nothing() -> None:
+    batch = batch_of(FastSlowSampling(num_fast=5, num_slow=4), (24, 3))
+    frames = batch["video_frames"].float() / 255
+    wild = frames.masked_fill(~batch["frame_valid"][:, :, None, None, None], torch.nan)
+    calm, odd = small_module(), small_module()
+    first, second = calm({**batch, "video_frames": frames}), odd({**batch, "video_frames": wild})
+    assert torch.equal(first.predictions, second.predictions)
+    first.loss.backward()
+    second.loss.backward()
+    for one, other in zip(calm.parameters(), odd.parameters(), strict=True):
+        assert one.grad is not None
+        assert torch.isfinite(one.grad).all()
+        assert torch.equal(one.grad, other.grad)  # type: ignore[arg-type]
+    alone = batch_of(FastSlowSampling(num_fast=5, num_slow=4), (3,))
+    alone["frame_valid"] = torch.zeros_like(alone["frame_valid"])
+    del alone["frame_mask"]
+    assert small_module()(alone).loss == 0
+
+
+def test_a_rollout_loss_of_clips_too_short_for_it_is_nothing() -> None:
+    video = torch.rand(2, 3, 3, 16, 16)
+    with_rollout, plain = small_module(rollout_steps=4), small_module()
+    loss = with_rollout.compute_autoregressive_loss(None, video)
+    torch.testing.assert_close(loss, plain.compute_autoregressive_loss(None, video))
+    loss.backward()
+    assert all(p.grad is not None for p in with_rollout.parameters())

@@ -104,6 +104,8 @@ def test_json_round_trip(clip: bytes) -> None:
         ({"fps": float("nan")}, "fps is nan"),
         ({"fps": 0}, "fps is 0"),
         ({"duration": -1}, "duration is -1"),
+        ({"duration": 10**400}, "duration is 1000"),
+        ({"timestamps": [0] * 47 + [10**400]}, "timestamps"),
         ({"width": 1 << 20}, "width is"),
         ({"rotation": 45}, "rotation is 45"),
         ({"key_frames": [0, 99]}, "key_frames"),

@@ -139,10 +139,46 @@ def test_bad_results_are_called_bad() -> None:
     assert "above 1 from the first frame on" in sentence
     mixed = replaced(results, evaluation={"rollout": [errors(1.1), errors(0.9)]})
     assert "not on its own output" in verdict(mixed)[0]
-    nothing = replaced(results, evaluation={"teacher_forced": errors(None, 0)})
-    assert "Nothing was measured" in verdict(nothing)[0]
-    results.mask.leaking = 4
-    assert "4 frames their own target; those are left out" in verdict(results)[1]
+
+
+def test_what_was_not_measured_is_told_apart(tmp_path: Path) -> None:
+    results, pictures = made()
+    unforced = replaced(results, evaluation={"teacher_forced": errors(None, 0)})
+    assert verdict(unforced)[0] == "Nothing was measured from true history."
+    assert "below 1 for 2 of 3 frames" in verdict(unforced)[1]
+    short = replaced(results, evaluation={"rollout": [errors(None, 0)] * 3})
+    assert "with 19% less error" in verdict(short)[0]
+    assert "error is 0.81 of" in verdict(short)[1]
+    assert "not measured (no held-out clip is long enough" in verdict(short)[1]
+    few = replaced(results, evaluation={"rollout": [errors(0.9, 2)] * 3, "forced_steps": [errors(0.9, 2)] * 3})
+    assert "the last 3 of each held-out clip that is long enough" in page_text(
+        check_page(written(tmp_path, few, pictures))
+    )
+    nothing = replaced(results, evaluation={"teacher_forced": errors(None, 0), "rollout": [errors(None, 0)] * 3})
+    assert verdict(nothing)[0] == "Nothing was measured."
+    none = replaced(
+        results,
+        evaluation={"rollout": [], "forced_steps": []},
+        forecasts=[],
+        held_out_curve=[[4, 0.9, None], [9, 0.8123, None]],
+    )
+    text = page_text(check_page(written(tmp_path, none, pictures)))
+    assert "not measured (the settings ask for none)" in text
+    assert "This run generated no frames" in text
+    assert "nothing to see" in text
+    check_page(written(tmp_path, replaced(none, held_out_curve=[]), pictures))
+
+
+def test_leaks_are_those_of_all_held_out_clips(tmp_path: Path) -> None:
+    results, pictures = made()
+    assert "The mask shows no frame its own target" in verdict(results)[1]
+    assert "the same target frames" in page_text(check_page(written(tmp_path, results, pictures)))
+    leaky = replaced(results, evaluation={"leaking_targets": 37, "forced_steps": [errors(0.8, 2)] * 3})
+    leaky.mask.leaking = 4  # of the clip that the mask is drawn of
+    assert "37 frames of the held-out clips their own target; those are left out" in verdict(leaky)[1]
+    text = page_text(check_page(written(tmp_path, leaky, pictures)))
+    assert "the same target frames" not in text
+    assert "2 / 5" in text
 
 
 def test_odd_names_stay_text(tmp_path: Path) -> None:

@@ -172,6 +172,33 @@ def test_rollout_loss_trains_through_its_own_predictions() -> None:
     torch.testing.assert_close(extra.eval()(batch).loss, loss)  # in eval mode the loss is teacher-forced
 
 
+def test_a_first_clip_without_fast_frames_is_left_out() -> None:
+    batch = batch_of(APART, (24, 30), mask=None)
+    batch["frame_stream"][0] = 0
+    got = small_module().rollout(batch, 3)
+    assert got.frame_error.isnan().all(1).tolist() == [True, False]
+    alone = {name: value[1:] for name, value in batch.items()}
+    torch.testing.assert_close(got.predictions[1:], small_module().rollout(alone, 3).predictions)
+    batch["frame_stream"][1] = 0
+    with pytest.raises(ConfigError, match=r"these clips allow none"):
+        small_module().rollout(batch, 3)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_hidden_states_of_another_batch_are_refused(rows: int) -> None:
+    batch = dense_batch(6, clips=2)
+    with pytest.raises(ConfigError, match=r"hidden_states must have a row for each of 2 clips"):
+        small_module().rollout(batch, 3, hidden_states=torch.randn(rows, 3, HIDDEN))
+    with pytest.raises(ConfigError, match=r"hidden_time must have a row for each of 2 clips"):
+        small_module().rollout(batch, 3, hidden_states=torch.randn(2, 3, HIDDEN), hidden_time=torch.zeros(rows, 3))
+
+
+@pytest.mark.parametrize("steps", [2.0, True, "2"])
+def test_steps_that_are_no_whole_number_are_refused(steps: Any) -> None:
+    with pytest.raises(ConfigError, match=r"must be a whole number"):
+        small_module().rollout(dense_batch(6), steps)
+
+
 @pytest.mark.parametrize("steps", [0, 6, 7])
 def test_impossible_steps_are_refused(steps: int) -> None:
     with pytest.raises(ConfigError, match=r"allow 1 to 5"):

@@ -9,16 +9,20 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from framestream.pipeline.decode import open_decoder
-from framestream.pipeline.errors import ConfigError
+from framestream.pipeline.errors import ConfigError, SampleError
 from framestream.pipeline.shards import RawSample, ShardSet
+from framestream.tools.clips import Clip
+from framestream.tools.inputs import Source
 from framestream.tools.shard import Cutting, Encoding, ShardOptions, ShardReport, build_shards, shard
+from framestream.tools.transcode import ClipTask, make_clip, probe_source
 from framestream.tools.verify import verify_folder
 
 from synthetic import make_video, read_indices, vfr_ticks
@@ -219,23 +223,73 @@ def test_csv_and_the_ways_it_breaks(videos: Path, tmp_path: Path) -> None:
         csv.unlink()
 
 
-@pytest.mark.skipif(find_spec("pyarrow") is not None, reason="pyarrow is installed")
-def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path) -> None:
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     (tmp_path / "m.parquet").write_bytes(b"PAR1")
     with pytest.raises(ConfigError, match="pip install pyarrow"):
         build_shards([str(tmp_path / "m.parquet")], tmp_path / "out", workers=1)
 
 
-@pytest.mark.skipif(find_spec("pyarrow") is None, reason="needs pyarrow")
 def test_parquet_is_read_as_other_manifests_are(videos: Path, tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"path": [str(videos / "a.mp4"), None], "text": ["x", "y"], "score": [1, 2]})
     pyarrow.parquet.write_table(table, tmp_path / "m.parquet")
     report = build_shards([str(tmp_path / "m.parquet")], tmp_path / "out", workers=1)
     adds_up(report)
     assert [s.meta["user"] for s in samples(tmp_path / "out")] == [{"score": 1}]
+
+
+def test_parquet_cells_become_what_metadata_can_hold_or_their_row_is_rejected(videos: Path, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+    rows = [
+        {"path": str(videos / "a.mp4"), "start": Decimal("0.5"), "when": datetime(2024, 5, 6, 7, 8), "day": None,
+         "price": Decimal("1.25"), "exact": Decimal("0.1234567890123456789"), "blob": None},
+        {"path": str(videos / "b.c d.MOV"), "start": None, "when": None, "day": date(2024, 5, 6),
+         "price": None, "exact": None, "blob": None},
+        {"path": str(videos / "a.mp4"), "start": None, "when": None, "day": None,
+         "price": None, "exact": None, "blob": b"\x00"},
+    ]  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "m.parquet")
+    report = build_shards([str(tmp_path / "m.parquet")], tmp_path / "out", workers=1)
+    adds_up(report)
+    first, second = samples(tmp_path / "out")
+    assert first.meta["user"] == {"when": "2024-05-06T07:08:00", "price": 1.25, "exact": "0.1234567890123456789"}
+    assert first.meta["clip_start"] == 0.5
+    assert second.meta["user"] == {"day": "2024-05-06"}
+    assert "row 3" in report.rejects[0]["source"]
+    assert "of the kind bytes" in report.rejects[0]["reason"]
+
+
+def test_rows_that_metadata_cannot_hold_cost_themselves_only(videos: Path, tmp_path: Path) -> None:
+    lone, deep = "\ud800", json.loads("[" * 200 + "]" * 200)
+    rows: list[Any] = [{"path": "b.c d.MOV", "start": 1.0}]
+    rows += [
+        {"path": "a.mp4", **row} for row in ({"text": lone}, {"x": lone}, {"x": [{lone: 1}]}, {lone: 1}, {"key": lone})
+    ]
+    rows += [{"path": f"{lone}.mp4"}, {"path": f"{lone}.doc"}, {"path": "a.mp4", "x": deep}]
+    rows += [{"path": "a.mp4", "start": 10**400}, {"path": "a.mp4", "x": float("nan")}]
+    manifest = write_jsonl(videos / "m.jsonl", rows)
+    try:
+        report = build_shards([str(manifest)], tmp_path / "out", workers=1)
+    finally:
+        manifest.unlink()
+    adds_up(report)
+    assert (report.inputs["used"], report.inputs["rejected"]) == (1, 10)
+    reasons = " | ".join(reject["reason"] for reject in report.rejects)
+    for words in ("no Unicode: '\\ud800'", "nested deeper", "not a number of seconds", "not JSON compliant"):
+        assert words in reasons
+
+
+def test_metadata_that_cannot_be_written_is_a_reject_of_its_clip(videos: Path) -> None:
+    """Inputs are checked when they are read; what still comes here must not end a run of a million others."""
+    path = videos / "a.mp4"
+    source = Source(str(path), "a.mp4", "a", user={"x": b"bytes"}, size=path.stat().st_size)
+    info = probe_source(source)
+    with pytest.raises(SampleError, match=r"a\.mp4: metadata cannot become JSON"):
+        make_clip(ClipTask(Clip(source, "a", 0.0, info.duration, None), info, None))
 
 
 def test_linked_folders_are_followed_once(videos: Path, tmp_path: Path) -> None:
@@ -295,6 +349,8 @@ def test_all_rejected_is_still_accounted_for(tmp_path: Path, capsys: pytest.Capt
     [
         lambda: Cutting(clip_seconds=0),
         lambda: Cutting(clip_seconds=-1.0),
+        lambda: Cutting(clip_seconds=1e-300),
+        lambda: Cutting(clip_seconds=1.0, stride_seconds=1e-300),
         lambda: Cutting(val_tail=0.2),
         lambda: Cutting(clip_seconds=1, val_tail=1.0),
         lambda: Cutting(clip_seconds=1, val_gap=1.0),
@@ -374,6 +430,54 @@ def test_whatever_is_lost_is_made_again(videos: Path, tmp_path: Path, copies: di
         (out / "report.json").unlink()
     build_shards([str(videos)], out, COPIES, workers=1)
     assert tree(out) == copies
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda note: note.pop("clips"),
+        lambda note: note.pop("rejects"),
+        lambda note: note.pop("seconds"),
+        lambda note: note.update(clips=3),
+        lambda note: note.update(clips=[0.0, 1.0]),
+        lambda note: note.update(clips=[0, 2]),
+        lambda note: note.update(rejects=["a"]),
+        lambda note: note.update(seconds="long"),
+    ],
+)
+def test_a_shard_with_a_damaged_note_is_made_again(
+    videos: Path, tmp_path: Path, copies: dict[str, bytes], change: Any
+) -> None:
+    for path, data in copies.items():
+        (tmp_path / path).write_bytes(data)
+    index = tmp_path / "clips-000000.idx.json"
+    content = json.loads(index.read_text())
+    change(content["note"])
+    index.write_text(json.dumps(content))
+    build_shards([str(videos)], tmp_path, COPIES, workers=1)
+    assert tree(tmp_path) == copies
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_users_files_in_the_output_stay(
+    videos: Path, tmp_path: Path, copies: dict[str, bytes], overwrite: bool
+) -> None:
+    for path, data in copies.items():
+        (tmp_path / path).write_bytes(data)
+    own = {"clips-001.mov": b"1", "clips-2023.tar": b"2", "clips-000000.tar.bak": b"3", "clips-1/x.txt": b"4",
+           "clips-000000-notes.idx.json": b"5", "my-clips-000000.tar": b"6"}  # fmt: skip
+    (tmp_path / "clips-1").mkdir()
+    for path, data in own.items():
+        (tmp_path / path).write_bytes(data)
+    for path in tmp_path.glob("clips-00000[12].tar"):
+        path.unlink()
+    if overwrite:  # removes what is ours, and does not begin anew beside the tar that is not
+        with pytest.raises(ConfigError, match=r"clips-2023\.tar from elsewhere"):
+            build_shards([str(videos)], tmp_path, COPIES, workers=1, overwrite=True)
+        assert tree(tmp_path) == own
+    else:
+        build_shards([str(videos)], tmp_path, COPIES, workers=1)
+        assert tree(tmp_path) == {**copies, **own}
 
 
 def run_tool(videos: Path, out: Path) -> subprocess.Popen[bytes]:

@@ -162,3 +162,15 @@ def test_no_gradient_optimiser_or_checkpoint_sees_the_tower() -> None:
     twin = copy.deepcopy(frozen)
     assert twin[0].tower.tower is not model
     assert torch.equal(twin(FRAMES), frozen(FRAMES))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_frames_follow_a_tower_whose_only_floats_are_buffers(dtype: torch.dtype) -> None:
+    from framestream.model.patch_basis import CosineTower
+
+    frames = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    tower = FrozenTower(CosineTower(16, 4))
+    want = tower(frames)
+    got = tower.to(dtype)(frames)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, atol=0.1, rtol=0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -13,18 +14,19 @@ import pytest
 import torch
 
 from framestream.model import checkpoint as ckpt
-from framestream.model.evaluate import ErrorSum, evaluate
+from framestream.model.evaluate import ErrorSum, Evaluation, evaluate
 from framestream.model.metrics import read_metrics
 from framestream.model.trainer import TrainSettings
 from framestream.pipeline.errors import ConfigError, FramestreamError, StateError
 from framestream.tools.config import load_config
-from framestream.tools.train import STOPPED, build, run_config
+from framestream.tools.train import STOPPED, build, describe, run_config
 from framestream.tools.train import train as train_command
 
 from synthetic_shards import make_shards
 from train_setup import losses, start, wait_for_step, write_config
 
 STEPS = 40
+COSINE = ("--model.tower.kind=cosine", "--model.tower.patch_size=4", "--model.embedding_dim=48")
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +215,50 @@ def test_leaking_targets_are_counted_and_never_measured(shards: Path, tmp_path: 
         assert measured == honest.teacher_forced.frames + honest.slow.frames - one.leaking_targets
 
 
+def test_bf16_evaluation_measures_against_full_precision(shards: Path, tmp_path: Path) -> None:
+    """An untrained model repeats every frame whatever it computes in, and what it is compared with is not rounded."""
+    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", shards)
+    run = build(load_config(config, [*COSINE]))
+    assert run.eval_loader is not None
+    seen: list[torch.dtype] = []
+    run.module.tower.tower.register_forward_hook(lambda _m, _a, out: seen.append(out.dtype))
+    full, half = (
+        evaluate(run.module, run.eval_loader, rollout_steps=2, autocast=dtype) for dtype in (None, torch.bfloat16)
+    )
+    assert set(seen) == {torch.float32}
+    assert half.teacher_forced == full.teacher_forced
+    assert half.rollout[0] == full.rollout[0]
+    assert half.forced_steps == full.forced_steps
+
+
+def test_normalised_targets_are_not_measured_as_pixels(shards: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", shards)
+    run = build(load_config(config, [*COSINE, "--model.target_norm=true"]))
+    assert run.eval_loader is not None
+    found = evaluate(run.module, run.eval_loader, rollout_steps=0)
+    errors = [run.module.eval()(batch).copy_last_error for batch in run.eval_loader]
+    want = sum(float(error[error.isfinite()].double().sum()) for error in errors)
+    assert found.teacher_forced.copy_last + found.slow.copy_last == pytest.approx(want)
+
+
+def test_batches_without_meta_have_no_padding_rows(shards: Path, tmp_path: Path) -> None:
+    run = build(load_config(write_config(tmp_path / "c.yaml", shards, tmp_path / "run", shards)))
+    assert run.eval_loader is not None
+    batches = list(run.eval_loader)
+    bare = [{name: value for name, value in batch.items() if name != "meta"} for batch in batches]
+    with_meta, without = (evaluate(run.module, b, rollout_steps=2) for b in (batches, bare))
+    assert (without.clips, without.teacher_forced, without.rollout) == (
+        with_meta.clips,
+        with_meta.teacher_forced,
+        with_meta.rollout,
+    )
+
+
+def test_the_summary_says_what_was_not_measured() -> None:
+    nothing = Evaluation(3, ErrorSum(1.0, 2.0, 4), ErrorSum(), (ErrorSum(),), (ErrorSum(),), 0, 1.0)
+    assert describe(nothing).endswith("3 held-out clips: 0.500, generating 1 frames: not measured")
+
+
 def test_the_ratio_is_of_sums_not_a_mean_of_ratios() -> None:
     model = torch.tensor([[1.0, float("nan")], [30.0, 2.0]])
     copied = torch.tensor([[2.0, 5.0], [20.0, float("nan")]])
@@ -233,7 +279,12 @@ def test_learning_rate_warms_up_and_decays() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"steps": 0}, {"lr": 0.0}, {"precision": "fp16"}, {"accumulate": 0}, {"grad_clip": -1}]
+    "wrong",
+    [
+        *({"steps": 0}, {"lr": 0.0}, {"precision": "fp16"}, {"accumulate": 0}, {"grad_clip": -1}, {"seed": -1}),
+        *({"beta1": 1.0}, {"beta2": -0.1}, {"beta2": math.nan}, {"eval_loss": "mae"}, {"eval_batches": 0}),
+        *({"min_lr_share": -0.1}, {"min_lr_share": 1.5}, {"weight_decay": math.nan}),
+    ],
 )
 def test_impossible_settings(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=rf"train\.{next(iter(wrong))}"):

@@ -154,6 +154,8 @@ def test_fields_travel_along(video: bytes) -> None:
         ({}, "has no member 'a.npy'.*it has mp4"),
         ({"a_npy": b"nonsense"}, "member 'a.npy' cannot be parsed"),
         ({"a_npy": b""}, "member 'a.npy' cannot be parsed"),
+        ({"a_npy": b"PK\x03\x04junk"}, "member 'a.npy' cannot be parsed"),
+        ({"a_npy": b"\x93NUMPY\x01\x00\x0b\x00{'descr': ("}, "member 'a.npy' cannot be parsed"),
         ({"a_npy": npy(np.array([print], dtype=object), allow_pickle=True)}, "member 'a.npy' cannot be parsed"),
         ({"a_npy": npy(np.array(["text"]))}, "member 'a.npy' cannot be parsed"),
     ],

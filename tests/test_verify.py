@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from framestream.pipeline.errors import ConfigError, ShardError
+from framestream.pipeline.probe import VideoInfo
 from framestream.pipeline.shards import ShardSet, ShardWriter
-from framestream.tools.verify import verify, verify_folder
+from framestream.tools.verify import ShardTask, check_shard, verify, verify_folder
 
 from synthetic_shards import make_shards, small_video
 
@@ -56,19 +58,50 @@ def test_any_flipped_byte_is_found(folder: Path) -> None:
         assert "clips-000000.tar" in problems(folder), spot
 
 
-def test_a_changed_video_is_named_even_where_the_shard_checksum_was_adapted(folder: Path) -> None:
-    path = folder / "clips-000000.tar"
+def test_a_changed_video_is_named_even_where_the_shard_checksum_was_adapted(tmp_path: Path) -> None:
+    video, info = small_video(0, 20, (96, 64), ".mp4")
+    with ShardWriter(tmp_path / "t") as writer:
+        for key in ("sound", "changed"):
+            writer.write(key, video, meta={**info, "sha256": hashlib.sha256(video).hexdigest()})
+    path = tmp_path / "t" / "clips-000000.tar"
     data = bytearray(path.read_bytes())
-    offset, size = json.loads((folder / "clips-000000.idx.json").read_text())["samples"][1][1]["mp4"]
+    offset, size = json.loads(path.with_suffix(".idx.json").read_text())["samples"][1][1]["mp4"]
     data[offset + size // 2] ^= 1
     path.write_bytes(data)
-    verify_folder(folder, decode="none", repair_index=True, workers=1)
-    text = problems(folder)
-    assert "sample 'clip-0001' has a .mp4 whose sha256" not in text  # synthetic shards carry no checksum of their own
-    with ShardWriter(folder.parent / "t") as writer:
-        video, info = small_video(0, 20, (96, 64), ".mp4")
-        writer.write("x", video, meta={**info, "sha256": "0" * 64})
-    assert "sample 'x' has a .mp4 whose sha256" in problems(folder.parent / "t")
+    verify_folder(tmp_path / "t", decode="none", repair_index=True, workers=1)
+    text = problems(tmp_path / "t")
+    assert "sample 'changed' has a .mp4 whose sha256" in text
+    assert "sound" not in text
+
+
+def test_absurd_metadata_costs_its_sample_only(tmp_path: Path) -> None:
+    video, info = small_video(0, 20, (96, 64), ".mp4")
+    with ShardWriter(tmp_path / "t") as writer:
+        writer.write("huge", video, meta={**info, "duration": 10**400})
+        writer.write("many", video, meta={**info, "timestamps": [0] * 19 + [10**400]})
+        writer.write("frames", video, meta={**info, "num_frames": 21})
+    text = problems(tmp_path / "t", "sample")
+    assert "sample 'huge' has metadata that does not describe" in text
+    assert "sample 'many' has metadata that does not describe" in text
+    assert "sample 'frames' has num_frames 20" in text
+
+
+def test_an_error_nobody_expected_costs_its_sample_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    video, info = small_video(0, 20, (96, 64), ".mp4")
+    with ShardWriter(tmp_path / "t") as writer:
+        writer.write("first", video, meta={**info, "codec": "odd"})
+        writer.write("second", video, meta={**info, "num_frames": 21})
+
+    def odd(record: dict) -> VideoInfo:  # type: ignore[type-arg]
+        if record["codec"] == "odd":
+            raise ZeroDivisionError("nobody thought of it")
+        return from_json(record)
+
+    from_json = VideoInfo.from_json
+    monkeypatch.setattr(VideoInfo, "from_json", odd)
+    found = check_shard(ShardTask(tmp_path / "t" / "clips-000000.tar", "none")).problems
+    assert "sample 'first' cannot be checked (ZeroDivisionError: nobody thought of it)" in found[0]
+    assert "sample 'second' has num_frames 20, its .json says 21" in found[1]
 
 
 @pytest.mark.parametrize("cut", [0, 511, 512, 5000, -1, -512, -3000])
@@ -159,5 +192,8 @@ def test_repair_writes_the_same_index_as_the_writer(folder: Path) -> None:
 def test_impossible_requests(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="does not exist"):
         verify_folder(tmp_path / "x")
+    (tmp_path / "x.tar").touch()
+    with pytest.raises(ShardError, match="is a file: give the folder"):
+        verify_folder(tmp_path / "x.tar")
     with pytest.raises(ConfigError, match="decode"):
         verify_folder(tmp_path, decode="some")  # type: ignore[arg-type]

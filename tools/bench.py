@@ -7,6 +7,7 @@ something. Rounds interleave the candidates, so that a slow moment hits all of t
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -60,12 +61,23 @@ def bench(
     """
     if repeats < 1 or min(tokens, default=0) < 16:
         raise ConfigError("bench needs at least one repeat, and sequence lengths of at least 16 tokens.")
+    if threads < 1:
+        raise ConfigError(f"threads is {threads}, it has to be at least 1.")
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {device!r}, it has to be cpu or cuda.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but PyTorch finds no CUDA device here; use --device cpu.")
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise ConfigError(f"output {folder} cannot be made ({err.strerror or err}); name another folder.") from err
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"output {folder} cannot be written to; name another folder.")
     torch.set_num_threads(threads)
     measure = {"masks": _masks, "attention": _attention}[name]
     rows = [row for n in tokens for row in measure(n, repeats, device)]
     _print(name, rows)
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
     result = {
         "bench": name,
         "torch": torch.__version__,

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
-from typing import get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import docstring_parser
 from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
@@ -65,6 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FramestreamError as error:
         print(f"framestream {argv[0]}: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        place = error.filename2 or error.filename  # of two, the one that was to be written
+        where = f"{place}: " if place else ""
+        print(f"framestream {argv[0]}: {where}{error.strerror or error}.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"\nframestream {argv[0]}: stopped. The same command goes on where it can.", file=sys.stderr)
         return 130
@@ -83,7 +88,8 @@ def run(name: str, argv: Sequence[str]) -> int:
 def build_parser(name: str, function: Callable[..., int], positional: tuple[str, str] | None) -> ArgumentParser:
     """A parser with one option per parameter: types from its annotations, help from its docstring.
 
-    `some_name` becomes `--some-name`; a bool becomes a pair of flags, `--name` and `--no-name`.
+    `some_name` becomes `--some-name`; a bool becomes a pair of flags, `--name` and `--no-name`; a list takes one
+    or more words.
     """
     page = docstring_parser.parse(function.__doc__ or "")
     parser = ArgumentParser(
@@ -103,10 +109,14 @@ def build_parser(name: str, function: Callable[..., int], positional: tuple[str,
             flag = ActionYesNo(yes_prefix="", no_prefix="no-")
             parser.add_argument(option, action=flag, default=parameter.default, **about)
         elif parameter.default is inspect.Parameter.empty:
-            parser.add_argument(option, type=hints[parameter.name], required=True, **about)
+            parser.add_argument(option, **_type(hints[parameter.name]), required=True, **about)
         else:
-            parser.add_argument(option, type=hints[parameter.name], default=parameter.default, **about)
+            parser.add_argument(option, **_type(hints[parameter.name]), default=parameter.default, **about)
     return parser
+
+
+def _type(hint: Any) -> dict[str, Any]:
+    return {"type": get_args(hint)[0], "nargs": "+"} if get_origin(hint) is list else {"type": hint}
 
 
 def _overview() -> str:

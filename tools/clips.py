@@ -16,6 +16,7 @@ from framestream.pipeline.probe import VideoInfo
 
 from .inputs import Source
 
+MIN_SECONDS = 0.01  # of a clip, and from one to the next: below that there are more clips than frames
 _EPSILON = 1e-6  # seconds: times computed in floating point are not worth more
 
 
@@ -31,8 +32,9 @@ class Cutting:
     def __post_init__(self) -> None:
         for name in ("clip_seconds", "stride_seconds"):
             value = getattr(self, name)
-            if value is not None and not 0.0 < value < float("inf"):
-                raise ConfigError(f"{name.replace('stride', 'clip_stride')} is {value}, it has to be above 0")
+            if value is not None and not MIN_SECONDS <= value < float("inf"):
+                name = name.replace("stride", "clip_stride")
+                raise ConfigError(f"{name} is {value}, it has to be at least {MIN_SECONDS}")
         if self.clip_seconds is None and (self.stride_seconds is not None or self.val_tail or self.val_gap):
             raise ConfigError("clip_stride_seconds, val_tail and val_gap cut videos into clips: set clip_seconds too")
         if not 0.0 <= self.val_tail < 1.0 or not 0.0 <= self.val_gap < float("inf"):

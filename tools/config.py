@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from framestream.model.reconstruction_config import ReconstructionConfig
 from framestream.model.trainer import TrainSettings
 from framestream.pipeline.errors import ConfigError
+from framestream.pipeline.sampling import FastSlowSampling, make_sampling
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class DataConfig:
         crop: center, or random (drawn once per clip).
         augment: mirror, turn, recolour and invert training clips at random; for small models of pixels and few videos.
         random_end: draw the current moment of each training clip.
-        mask: rule that says which frames see which, a name in framestream.pipeline.masks.
+        mask: rule that says which frames see which, a name in framestream.pipeline.masks; null follows from the keys of
+            `model` (mask, use_frame_causal_mask), and where those say nothing is time_causal for fast and slow frames,
+            frame_causal for one stream.
         window_size: frames that `mask: sliding_window` shows, the frame itself included.
         batch_size: clips per batch and process.
         eval_batch_size: clips per evaluation batch; null takes batch_size.
@@ -47,7 +50,7 @@ class DataConfig:
     crop: Literal["center", "random"] = "center"
     augment: bool = False
     random_end: bool = False
-    mask: str = "time_causal"
+    mask: str | None = None
     window_size: int = 3
     batch_size: int = 8
     eval_batch_size: int | None = None
@@ -56,6 +59,14 @@ class DataConfig:
     decoder: str = "auto"
     cache_dir: str | None = None
     max_reject_share: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.eval_batch_size is not None and self.eval_batch_size < 1:
+            raise ConfigError(
+                f"data.eval_batch_size must be at least 1, or null for batch_size, got {self.eval_batch_size}."
+            )
+        if self.seed < 0:
+            raise ConfigError(f"data.seed must not be negative, got {self.seed}.")
 
 
 @dataclass(frozen=True)
@@ -136,6 +147,16 @@ class TrainConfig:
             "slow_coverage": model.slow_coverage,
         }
 
+    def mask(self) -> tuple[str, int]:
+        """The rule of the data's mask, written out, and the window of `sliding_window`."""
+        data, model = self.data, self.model
+        if data.mask is not None:
+            return data.mask, data.window_size
+        if model.mask is not None:
+            return model.mask, model.window_size or data.window_size
+        both = model.use_frame_causal_mask and isinstance(make_sampling(self.sampling()), FastSlowSampling)
+        return "time_causal" if both else "frame_causal", data.window_size
+
     def to_json(self) -> dict[str, Any]:
         """Plain nested values."""
         return dataclasses.asdict(self)
@@ -202,15 +223,19 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(f"{path} cannot be read as YAML: {err}") from err
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path} must hold the sections data, model and train, and holds a {type(values).__name__}.")
-    _check_keys(values, TrainConfig, str(path))
-    _check_options(overrides)
-    return parse(values, overrides)
+    return parse(values, overrides, str(path))
 
 
-def parse(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> TrainConfig:
-    """Build the config from nested values and overrides; types are checked against the dataclasses."""
+def parse(values: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "the configuration") -> TrainConfig:
+    """Build the config from nested values and overrides; types are checked against the dataclasses.
+
+    Raises:
+        ConfigError: an unknown key, a whole section on the command line, a value of a wrong type or impossible.
+    """
     from jsonargparse import ArgumentError
 
+    _check_keys(values, TrainConfig, where)
+    _check_options(overrides)
     parser = make_parser()
     try:
         namespace = parser.parse_object(dict(values))
@@ -273,6 +298,17 @@ def _check_options(overrides: Sequence[str]) -> None:
             if part not in known:
                 raise ConfigError(f"command line: {_unknown(f'{seen}.{part}'.lstrip('.'), part, known)}")
             kind, seen = _sections(kind)[part], f"{seen}.{part}".lstrip(".")  # type: ignore[arg-type]
+        if dataclasses.is_dataclass(kind):
+            # jsonargparse would take a file, or import a class that the value names.
+            raise ConfigError(f"command line: {seen} is a section; set its keys, {_EXAMPLES[kind]}.")  # type: ignore[index]
+
+
+_EXAMPLES = {
+    DataConfig: "e.g. --data.batch_size 4",
+    ModelConfig: "e.g. --model.num_layers 2",
+    TowerConfig: "e.g. --model.tower.kind pixel",
+    TrainSettings: "e.g. --train.steps 20",
+}
 
 
 def _is_mapping(kind: Any) -> bool:

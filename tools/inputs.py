@@ -13,6 +13,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from framestream.pipeline.shards import VIDEO_EXTENSIONS
 
 MANIFESTS = (".csv", ".jsonl", ".ndjson", ".parquet")
 COLUMNS = ("path", "text", "key", "split", "start", "end")  # of a manifest; all others go to `user`
+MAX_NESTING = 32  # of lists and objects in a row
 _SLUG_LENGTH = 60
 _SPLIT = re.compile(r"[A-Za-z0-9_-]{1,40}")
 
@@ -203,9 +206,35 @@ def _manifest(path: Path, found: Found) -> Iterator[Source]:
             found.rejects.append({"source": where, "reason": row})
             continue
         try:
-            yield _source(path, row)
+            yield _source(path, _plain(row))
         except ValueError as err:
             found.rejects.append({"source": where, "reason": str(err)})
+
+
+def _plain(cell: Any, depth: int = 0) -> Any:
+    """A row of a manifest, or what is in it, as JSON can hold it. Raises ValueError, in words, when it cannot."""
+    if depth > MAX_NESTING:
+        raise ValueError(f"it is nested deeper than {MAX_NESTING} levels")
+    if isinstance(cell, str):
+        try:
+            cell.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"it has text that is no Unicode: {cell[:60]!a}") from None
+        return cell
+    if cell is None or isinstance(cell, (bool, int, float)):
+        return cell
+    if isinstance(cell, (date, time)):
+        return cell.isoformat()
+    if isinstance(cell, timedelta):
+        return cell.total_seconds()
+    if isinstance(cell, Decimal):
+        number = float(cell)
+        return number if Decimal(repr(number)) == cell else str(cell)  # text where a number would lose digits
+    if isinstance(cell, (list, tuple)):
+        return [_plain(item, depth + 1) for item in cell]
+    if isinstance(cell, Mapping):
+        return {_plain(str(name), depth + 1): _plain(item, depth + 1) for name, item in cell.items()}
+    raise ValueError(f"it has a value of the kind {type(cell).__name__}, which metadata cannot hold")
 
 
 def _source(manifest: Path, row: Mapping[str, Any]) -> Source:
@@ -229,7 +258,7 @@ def _source(manifest: Path, row: Mapping[str, Any]) -> Source:
     if text is None or text == "":
         text = _sidecar(path.with_suffix(".txt"))
     key = str(row.get("key") or "") or os.path.splitext(name)[0].lstrip("/.")
-    user = {str(k): v for k, v in row.items() if k not in COLUMNS and v is not None}
+    user = {k: v for k, v in row.items() if k not in COLUMNS and v is not None}
     json.dumps(user, allow_nan=False)  # raises ValueError for what the metadata could not hold
     return Source(str(path), _readable(name), slug(key), None if text is None else str(text), split, start, end, user)
 
@@ -240,7 +269,7 @@ def _seconds(row: Mapping[str, Any], column: str) -> float | None:
         return None
     try:
         seconds = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"its {column} is {value!r}, not a number of seconds") from None
     if not math.isfinite(seconds) or seconds < 0:
         raise ValueError(f"its {column} is {value!r}, not a time in the video")
@@ -288,8 +317,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
     try:
-        import pyarrow  # type: ignore[import-not-found,unused-ignore]
-        import pyarrow.parquet  # type: ignore[import-not-found,unused-ignore]
+        import pyarrow
+        import pyarrow.parquet
     except ImportError as err:
         raise ConfigError(f"manifest {path} is Parquet: `pip install pyarrow`, or use CSV or JSONL") from err
     try:
@@ -301,5 +330,5 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except pyarrow.ArrowException as err:
+    except (pyarrow.ArrowException, ValueError, OverflowError) as err:  # the latter: times that Python cannot hold
         raise ConfigError(f"manifest {path} is no readable Parquet ({err})") from err

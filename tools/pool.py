@@ -6,10 +6,8 @@ which task killed it. It imports nothing of the calling script, so scripts need 
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +16,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from framestream.pipeline.errors import ConfigError, FramestreamError
+from framestream.pipeline.fresh_python import fresh_python
 
 START_ALLOWANCE_S = 60.0  # on top of the limit for the first task of a worker: it has to import first
 LOOK_AHEAD = 3  # tasks per worker that may be finished before their turn
@@ -35,14 +34,8 @@ class Failure(NamedTuple):
 class _Worker:
     def __init__(self) -> None:
         self.connection, theirs = Pipe()
-        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(path for path in sys.path if path))
-        command = f"from framestream.tools.pool import serve; serve({theirs.fileno()})"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", command],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            env=environment,
-        )
+        command, environment = fresh_python(f"from framestream.tools.pool import serve; serve({theirs.fileno()})")
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
         theirs.close()
         self.allowance = START_ALLOWANCE_S
         self.number = -1  # of the task it is at

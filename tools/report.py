@@ -42,9 +42,12 @@ def verdict(results: RunResults) -> tuple[str, str]:
     """A headline and a sentence that say what the numbers say, good or bad."""
     forced = results.evaluation["teacher_forced"]["ratio"]
     steps = [step["ratio"] for step in results.evaluation["rollout"]]
-    if forced is None or not steps or steps[0] is None:
-        return "Nothing was measured.", "No held-out clip had a frame to predict; use more or longer videos."
-    if forced < 1 and steps[0] < 1:
+    rolled = bool(steps) and steps[0] is not None
+    if forced is None and not rolled:
+        headline = "Nothing was measured."
+    elif forced is None:
+        headline = "Nothing was measured from true history."
+    elif forced < 1 and (not rolled or steps[0] < 1):
         headline = f"The next frame, with {1 - forced:.0%} less error than repeating the last one."
     elif forced < 1:
         headline = "Better than repeating the last frame on true history, not on its own output."
@@ -53,20 +56,35 @@ def verdict(results: RunResults) -> tuple[str, str]:
     beaten = 0
     while beaten < len(steps) and steps[beaten] is not None and steps[beaten] < 1:
         beaten += 1
-    if beaten == len(steps):
+    if not rolled:
+        reason = "no held-out clip is long enough, or nothing in them moves" if steps else "the settings ask for none"
+        reach = f"frames generated from its own output were not measured ({reason})"
+    elif beaten == len(steps):
         reach = f"all {beaten} frames that it generates from its own output stay below 1"
     elif beaten:
         reach = f"generating from its own output it stays below 1 for {beaten} of {len(steps)} frames"
     else:
         reach = "generating from its own output it is above 1 from the first frame on"
-    hidden = (
-        "shows no frame its own target"
-        if results.mask.leaking == 0
-        else (f"shows {results.mask.leaking} frames their own target; those are left out of every number here")
-    )
-    return headline, (
-        f"On held-out clips the model's error is {forced:.2f} of the error of repeating the last frame "
-        f"(below 1 is better); {reach}. The mask {hidden}."
+    if forced is None:
+        found = (
+            "No prediction from true history could be scored: the held-out clips are too short, nothing in them moves, "
+            "or the mask gives every target away"
+        )
+    else:
+        found = (
+            f"On held-out clips the model's error is {forced:.2f} of the error of repeating the last frame "
+            "(below 1 is better)"
+        )
+    return headline, f"{found}; {reach}. {_mask_sentence(results)}"
+
+
+def _mask_sentence(results: RunResults) -> str:
+    leaking = results.evaluation["leaking_targets"]
+    if not leaking:
+        return "The mask shows no frame its own target."
+    return (
+        f"The mask shows {leaking} frames of the held-out clips their own target; those are left out of the numbers "
+        "from true history."
     )
 
 
@@ -160,6 +178,13 @@ def render_report(results: RunResults, pictures: Mapping[str, np.ndarray]) -> st
         loop_shares=_shares(results.loop_seconds),
         worker_shares=_shares(results.worker_seconds),
         settings=_flatten(results.settings),
+        rolled_clips="each held-out clip"
+        if rollout and evaluation["rollout"][0]["frames"] == evaluation["clips"]
+        else "each held-out clip that is long enough",
+        same_frames=bool(rollout)
+        and all(
+            a["frames"] == b["frames"] for a, b in zip(evaluation["forced_steps"], evaluation["rollout"], strict=True)
+        ),
     )
 
 

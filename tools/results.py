@@ -95,7 +95,7 @@ class RunResults:
     holdout: dict[str, Any]
     evaluation: dict[str, Any]
     train_curve: list[list[float]]
-    held_out_curve: list[list[float]]
+    held_out_curve: list[list[float | None]]
     clips: list[ClipView]
     mask: MaskView
     forecasts: list[Forecast]

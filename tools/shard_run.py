@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -218,9 +219,8 @@ class _Run:
             prefix, splits = self.options.prefix, set()
         for split in splits | {"", "train", "val"}:
             folder = self.folder / split
-            for pattern in (f"{prefix}-[0-9]*.tar", f"{prefix}-[0-9]*.idx.json"):
-                for path in folder.glob(pattern):
-                    path.unlink()
+            for path in _shard_files(folder, prefix):
+                path.unlink()
             (folder / FOLDER_INDEX).unlink(missing_ok=True)
             sweep_temporary(folder)
         for name in (REPORT_FILE, REJECTS_FILE, PLAN_FILE):
@@ -328,18 +328,40 @@ class _Split:
                 whole = path.stat().st_size == index.num_bytes
             except (OSError, ShardError):
                 break
-            if not whole or index.note.get("plan") != self.plan or index.note["clips"][0] != begin:
+            if not whole or not self._continues(begin, index):
                 break
             self.indexes.append(index)
             self.rejects += index.note["rejects"]
             self.run.num_rejects += len(index.note["rejects"])
             begin = index.note["clips"][1]
-        for path in self.folder.glob(f"{self.run.options.prefix}-[0-9]*"):  # a tar without index, or behind a hole
-            name = path.name.removesuffix(".idx.json").removesuffix(".tar")
-            if name not in {index.name.removesuffix(".tar") for index in self.indexes}:
+        kept = {self._path(number).stem for number in range(len(self.indexes))}
+        for path in _shard_files(self.folder, self.run.options.prefix):  # a tar without index, or behind a hole
+            if path.name.split(".")[0] not in kept:
                 path.unlink()
         self.run.progress("writing", self.done + begin, self.total, self.run.num_rejects)
         return begin
+
+    def _continues(self, begin: int, index: ShardIndex) -> bool:
+        """Whether an index is of this plan and goes on at clip `begin`; its note may be damaged."""
+        note = index.note
+        try:
+            first, stop = note["clips"]
+            return (
+                note["plan"] == self.plan
+                and isinstance(stop, int)
+                and first == begin
+                and stop == begin + len(index.samples) + len(note["rejects"])
+                and all({"source", "reason"} <= reject.keys() for reject in note["rejects"])
+                and note["seconds"] >= 0.0
+            )
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return False
+
+
+def _shard_files(folder: Path, prefix: str) -> list[Path]:
+    """The files in `folder` that are named as our tars and their indexes are; all else there is somebody's own."""
+    ours = re.compile(rf"{re.escape(prefix)}-[0-9]{{6,}}\.(tar|idx\.json)")
+    return [p for p in folder.glob("*") if ours.fullmatch(p.name) and p.is_file() and not p.is_symlink()]
 
 
 def _reject(clip: Clip, reason: str) -> dict[str, Any]:

@@ -80,13 +80,13 @@ def mask_view(run: Run, config: TrainConfig) -> MaskView:
     batch = next(iter(run.eval_loader))
     clips = run.module.prepare(move_batch(batch, next(run.module.parameters()).device))
     layout, mask, layers = clips.layouts[0], clips.mask[0], config.model.num_layers
-    used = config.data.mask
+    used, window_size = config.mask()
     if config.model.num_hist is not None:
         used += f", at most {config.model.num_hist} frames of each stream"
     leaks = sum(leaking_targets(layout, mask, layers))
     rules: list[dict[str, Any]] = [{"rule": used, "density": mask.density, "leaking": leaks}]
     for rule in COMPARED_RULES:
-        options = {"window_size": config.data.window_size} if rule == "sliding_window" else {}
+        options = {"window_size": window_size} if rule == "sliding_window" else {}
         other = make_mask(rule, layout, **options)
         leaking = sum(leaking_targets(layout, other, layers))
         if rule != used:
@@ -114,6 +114,8 @@ def forecasts(run: Run, config: TrainConfig, pictures: dict[str, np.ndarray], co
     """
     assert run.eval_loader is not None
     steps = config.train.rollout_steps
+    if not steps:
+        return []
     device = next(run.module.parameters()).device
     run.module.eval()
     found: list[tuple[float, Forecast, dict[str, np.ndarray]]] = []

@@ -117,9 +117,21 @@ def wheel_clips(folder: Path | None = None) -> list[Path]:
 
 
 def select(
-    inputs: Sequence[str], clip_seconds: float, progress: Callable[[int, int], None] = lambda done, total: None
+    inputs: Sequence[str],
+    clip_seconds: float,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    frames: int = 1,
+    fps: float | None = None,
 ) -> Selection:
     """Choose stretches, distance of clips and hold-out such that some 60 to 240 clips come out.
+
+    Args:
+        inputs: folders, files or globs.
+        clip_seconds: length of a clip; longer ones are chosen where the slowest video would have too few frames.
+        progress: called with the number of videos probed, and of all.
+        frames: frames that a clip has to have.
+        fps: rate at which these are taken, where the video has more; None is the video's own.
 
     Raises:
         ConfigError: no video, none that can be read, or too little footage to train and hold out.
@@ -138,12 +150,16 @@ def select(
         except SampleError as err:
             unusable.append(str(err))
             continue
-        if info.duration >= clip_seconds:
-            path = str(Path(source.path).absolute())
-            footage.append(Footage(source.source, source.key, path, info, info.duration))
-        else:
-            unusable.append(f"{source.source} lasts {info.duration:.2f} s, less than one clip")
+        path = str(Path(source.path).absolute())
+        footage.append(Footage(source.source, source.key, path, info, info.duration))
     progress(len(found), len(found))
+    asked = clip_seconds
+    footage, clip_seconds = _long_enough(footage, asked, frames, fps, unusable)
+    if clip_seconds > asked:
+        notes.append(
+            f"Clips last {clip_seconds:.2f} s instead of {asked:g} s, so that each has {frames} frames of the slowest "
+            "video too."
+        )
     if unusable:
         notes.append(f"{len(unusable)} videos could not be used, the first: {unusable[0].rstrip('.')}.")
     if not footage:
@@ -195,6 +211,29 @@ def select(
 
 def _clips_in(part: Stretch, clip_seconds: float, stride: float) -> int:
     return int((part.end - part.start - clip_seconds) / stride + 1e-6) + 1
+
+
+def _long_enough(
+    footage: Sequence[Footage], clip_seconds: float, frames: int, fps: float | None, unusable: list[str]
+) -> tuple[list[Footage], float]:
+    """The videos that can be used, and the length of clips in which each of them has `frames` frames."""
+    # Half a frame more than they last, since a cut lies anywhere between two.
+    wanted = [(frames + 0.5) / min(part.info.fps, fps or part.info.fps) for part in footage]
+    share = 1.0 if len(footage) >= HOLD_OUT_WHOLE_FROM else HELD_OUT_SHARE
+    roomy = []
+    for part, need in zip(footage, wanted, strict=True):
+        if need > max(clip_seconds, share * part.end):
+            unusable.append(
+                f"{part.name} has {part.info.fps:.3g} frames per second and is too short for clips of {frames} frames"
+            )
+        else:
+            roomy.append((part, need))
+    clip_seconds = max([clip_seconds, *(need for _, need in roomy)])
+    kept = [part for part, _ in roomy if part.end >= clip_seconds]
+    unusable += [
+        f"{part.name} lasts {part.end:.2f} s, less than one clip" for part, _ in roomy if part.end < clip_seconds
+    ]
+    return kept, clip_seconds
 
 
 def _stretches(part: Footage, border: float, gap: float) -> list[Stretch]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -10,17 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
 
 from framestream.model import checkpoint as ckpt
-from framestream.model.evaluate import Evaluation
+from framestream.model.evaluate import ErrorSum, Evaluation
 from framestream.model.ranks import Ranks, distributed, pick_device
 from framestream.model.trainer import CHECKPOINTS, Progress, TrainResult
 from framestream.model.trainer import train as train_module
 from framestream.pipeline.errors import ConfigError
+from framestream.pipeline.layout import FrameLayout
 from framestream.pipeline.loader import ClipLoader, build_loader
+from framestream.pipeline.masks import make_mask
+from framestream.pipeline.sampling import FastSlowSampling, make_sampling
 
 from .config import TrainConfig, load_config, make_parser
 from .console import console, progress_bar
@@ -143,6 +148,7 @@ def build(config: TrainConfig, *, device: torch.device | None = None) -> Run:
     if not data.shards:
         raise ConfigError("data.shards is not set: give the folder that `framestream shard` wrote.")
     device = device or pick_device(config.train.device)
+    _check(config, device)
     torch.manual_seed(config.train.seed)
     tower = build_tower(config)
     patches = patches_of(config, tower)
@@ -152,12 +158,13 @@ def build(config: TrainConfig, *, device: torch.device | None = None) -> Run:
             "model.start_with_differences needs at least 3 heads of at least embedding_dim channels each: "
             f"set model.predictor_dim to {3 * config.model.embedding_dim} and model.num_heads to 3."
         )
+    mask, window_size = config.mask()
     common: dict[str, Any] = {
         "sampling": config.sampling(),
         "patches_per_frame": patches,
         "image_size": data.image_size,
-        "mask": data.mask,
-        "window_size": data.window_size,
+        "mask": mask,
+        "window_size": window_size,
         "num_workers": data.workers,
         "seed": data.seed,
         "decoder": data.decoder,
@@ -181,6 +188,41 @@ def build(config: TrainConfig, *, device: torch.device | None = None) -> Run:
             data.held_out, batch_size=data.eval_batch_size or data.batch_size, shuffle=False, drop_last=False, **common
         )
     return Run(module, loader, eval_loader, patches)
+
+
+def _check(config: TrainConfig, device: torch.device) -> None:
+    """What sections of the config, each possible in itself, say against each other, the device or the disk."""
+    from framestream.model.mask_choice import own_mask
+
+    output = Path(config.output)
+    if taken := next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None):
+        raise ConfigError(f"output {output} cannot be made, {taken} is no folder: give one.")
+    if config.model.attention_backend == "flex" and device.type == "cpu":
+        raise ConfigError(
+            "model.attention_backend flex cannot train on the CPU, where it has no backward pass: use auto or ranges."
+        )
+    sampling = make_sampling(config.sampling())
+    fast = sampling.num_fast if isinstance(sampling, FastSlowSampling) else sampling.num_frames
+    sections = {"model": config.model.rollout_steps, "train": config.train.rollout_steps if config.data.held_out else 0}
+    for section, steps in sections.items():
+        if steps >= fast:
+            raise ConfigError(
+                f"{section}.rollout_steps is {steps}, and the sampling takes {fast} fast frames, one of which the "
+                f"rollout starts from: set it to at most {fast - 1}."
+            )
+    if config.model.mask is None and config.model.use_frame_causal_mask:
+        return  # the module takes whatever mask the data brings
+    rule, window = config.mask()
+    options = {"window_size": window} if rule == "sliding_window" else {}
+    for length in (sampling.num_frames, 1000):
+        times = np.arange(length) / 30
+        layout = FrameLayout.from_plan(sampling.plan(length, timestamps=times), 1)
+        if own_mask(config.model.reconstruction(), layout).patterns != make_mask(rule, layout, **options).patterns:
+            said = f"mask {config.model.mask}" if config.model.mask else "use_frame_causal_mask false"
+            raise ConfigError(
+                f"data.mask {rule} and model.{said} are different masks: leave data.mask unset (null), which then "
+                "follows the model."
+            )
 
 
 def run_config(config: TrainConfig, *, quiet: bool = False, label: str = "Training") -> tuple[Run, TrainResult]:
@@ -230,13 +272,17 @@ def _run_on(config: TrainConfig, ranks: Ranks, quiet: bool, label: str) -> tuple
 
 def describe(evaluation: Evaluation) -> str:
     """The evaluation in one line."""
-    steps = ", ".join(f"{step.ratio:.3f}" for step in evaluation.rollout)
-    text = f"error / copy-last error on {evaluation.clips} held-out clips: {evaluation.teacher_forced.ratio:.3f}"
+    steps = ", ".join(map(_said, evaluation.rollout))
+    text = f"error / copy-last error on {evaluation.clips} held-out clips: {_said(evaluation.teacher_forced)}"
     if steps:
         text += f", generating {len(evaluation.rollout)} frames: {steps}"
     if evaluation.leaking_targets:
         text += f"; {evaluation.leaking_targets} leaking targets were left out"
     return text
+
+
+def _said(errors: ErrorSum) -> str:
+    return "not measured" if math.isnan(errors.ratio) else f"{errors.ratio:.3f}"
 
 
 def train(config: TrainConfig) -> int:

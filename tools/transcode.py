@@ -97,7 +97,10 @@ def make_clip(task: ClipTask) -> MadeClip:
         "text": clip.source.text or "",
         "user": dict(clip.source.user),
     }
-    return MadeClip(sample_members(video, ext, meta, clip.source.text), info.duration)
+    try:
+        return MadeClip(sample_members(video, ext, meta, clip.source.text), info.duration)
+    except ConfigError as err:  # what one row of a manifest brought is no reason to end the run
+        raise SampleError(f"{name}: {err}") from err
 
 
 def _read(source: Source) -> bytes:

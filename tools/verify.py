@@ -49,7 +49,9 @@ class VerifyReport:
 
 
 @dataclass(frozen=True)
-class _Task:
+class ShardTask:
+    """One shard to be checked."""
+
     path: Path
     decode: Decode
 
@@ -66,13 +68,15 @@ def verify_folder(
 
     Raises:
         ConfigError: an unknown `decode`.
-        ShardError: the folder does not exist or holds no tar.
+        ShardError: the folder does not exist, is a file, or holds no tar.
     """
     if decode not in ("none", "sample", "all"):
         raise ConfigError(f"decode is {decode!r}, it has to be none, sample or all")
     if workers < 0:
         raise ConfigError(f"workers is {workers}, it has to be at least 0")
     root = Path(folder)
+    if root.is_file():
+        raise ShardError(f"{root} is a file: give the folder that holds it")
     if not root.is_dir():
         raise ShardError(f"folder {root} does not exist: check the path")
     folders = [p for p in [root, *sorted(p for p in root.iterdir() if p.is_dir())] if any(_shards(p))]
@@ -84,7 +88,7 @@ def verify_folder(
     if repair_index:
         for place in folders:
             report.num_repaired += len(repair_folder_index(place))
-    tasks = [_Task(path, decode) for place in folders for path in _shards(place)]
+    tasks = [ShardTask(path, decode) for place in folders for path in _shards(place)]
     with WorkerPool(check_shard, workers=workers or os.cpu_count() or 1, timeout_s=TIMEOUT_S) as pool:
         for task, result in pool.map(tasks):
             if isinstance(result, Failure):
@@ -143,7 +147,7 @@ def _folder_problems(folder: Path, checks: Sequence[ShardCheck]) -> list[str]:
     return problems
 
 
-def check_shard(task: _Task) -> ShardCheck:
+def check_shard(task: ShardTask) -> ShardCheck:
     """Check one shard against its index file, its checksums, its metadata and its videos."""
     path = task.path
     digest = hashlib.sha256()
@@ -160,7 +164,7 @@ def check_shard(task: _Task) -> ShardCheck:
                 file.seek(offset)
                 members[ext] = file.read(size)
             raw = RawSample(sample.key, path.name, members)
-            problems += [f"{path.name}: sample {sample.key!r} {what}" for what in _sample_problems(raw, task.decode)]
+            problems += [f"{path.name}: sample {sample.key!r} {what}" for what in _checked(raw, task.decode)]
     keys = tuple(sample.key for sample in index.samples)
     return ShardCheck(path.name, index.num_bytes, digest.hexdigest(), keys, tuple(problems))
 
@@ -181,6 +185,13 @@ def _index_problems(path: Path, actual: ShardIndex, sha256: str) -> Iterator[str
         yield f"{place.name} does not list what is in {path.name}."
     if index.sha256 not in (None, sha256):
         yield f"{path.name} has not the sha256 that {place.name} says: its bytes have changed."
+
+
+def _checked(sample: RawSample, decode: Decode) -> Iterator[str]:
+    try:
+        yield from _sample_problems(sample, decode)
+    except Exception as err:  # codecs may raise anything; it is this sample's problem and not its neighbours'
+        yield f"cannot be checked ({type(err).__name__}: {err})."
 
 
 def _sample_problems(sample: RawSample, decode: Decode) -> Iterator[str]:
