@@ -268,6 +268,8 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask: Any) -> Tensor:
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if q.device.type == "cpu" and needs_grad:
         raise ConfigError("FlexAttention has no backward pass on the CPU: use the backend 'ranges'")
+    if q.device.type == "cpu":  # it refuses tensors that could need gradients even where none are recorded
+        q, k, v = q.detach(), k.detach(), v.detach()
     if torch.compiler.is_compiling():
         from torch.nn.attention.flex_attention import flex_attention
 
