@@ -98,7 +98,7 @@ def plan_attention(
 def _runs(mask: FrameMask, batch_size: int, per_frame: bool) -> tuple[Run, ...]:
     plans = [tuple((g.start, g.stop, tuple(g.keys)) for g in groups) for groups in mask.ranges()]
     if per_frame:
-        plans = [_split_groups(plan, pattern.lengths) for plan, pattern in zip(plans, mask.patterns, strict=True)]
+        plans = [_split_groups(plan, pattern.offsets()) for plan, pattern in zip(plans, mask.patterns, strict=True)]
     clips = mask.clips if mask.clips is not None else (0,) * batch_size
     runs: list[Run] = []
     first = 0
@@ -109,12 +109,9 @@ def _runs(mask: FrameMask, batch_size: int, per_frame: bool) -> tuple[Run, ...]:
     return tuple(runs)
 
 
-def _split_groups(groups: tuple[Group, ...], lengths: tuple[int, ...]) -> tuple[Group, ...]:
-    """The same groups cut at frame borders, each with its own frame as the last of its keys."""
+def _split_groups(groups: tuple[Group, ...], bounds: tuple[int, ...]) -> tuple[Group, ...]:
+    """The same groups cut at the frames' bounds, each with its own frame as the last of its keys."""
     cut: list[Group] = []
-    bounds = [0]
-    for length in lengths:
-        bounds.append(bounds[-1] + length)
     for start, stop, keys in groups:
         for a, b in pairwise(bounds):
             if start <= a < stop:

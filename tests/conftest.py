@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from loader_setup import BAD, write_shards
 from synthetic import make_video
+from synthetic_shards import make_shards
 
 torch.set_num_threads(1)
 
@@ -43,3 +45,15 @@ def video_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_video(folder / "upright.mov", num_frames=40, size=(96, 160), rotation=90)
     make_video(folder / "more" / "web.webm", codec="vp9", num_frames=40, fps=25)
     return folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """13 clips in 3 shards."""
+    return make_shards(tmp_path_factory.mktemp("shards"), num_samples=13, samples_per_shard=5)
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 clips in 3 shards, two of them no video at all."""
+    return write_shards(tmp_path_factory.mktemp("damaged"), 12, 4, bad=BAD)

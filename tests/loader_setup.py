@@ -19,6 +19,7 @@ SAMPLING = FastSlowSampling(num_fast=4, num_slow=4)
 IMAGE_SIZE = 48
 FRAMES = 8  # of SAMPLING
 PATCHES = 4
+BAD = {2, 9}  # the samples of the fixture `damaged` that are no video
 
 
 def make_loader(shards: Any, **options: Any) -> ClipLoader:

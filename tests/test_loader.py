@@ -19,23 +19,9 @@ from framestream.pipeline.masks import FrameMask
 from framestream.pipeline.sampling import DenseSampling
 from framestream.pipeline.shards import ShardSet
 
-from loader_setup import FRAMES, IMAGE_SIZE, PATCHES, SAMPLING, keys, make_loader, stream, write_shards
+from loader_setup import FRAMES, IMAGE_SIZE, PATCHES, SAMPLING, keys, make_loader, stream
 from synthetic import read_indices
-from synthetic_shards import clip_key, make_shards
-
-BAD = {2, 9}
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """13 clips in 3 shards."""
-    return make_shards(tmp_path_factory.mktemp("shards"), num_samples=13, samples_per_shard=5)
-
-
-@pytest.fixture(scope="module")
-def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """12 clips in 3 shards, two of them no video at all."""
-    return write_shards(tmp_path_factory.mktemp("damaged"), 12, 4, bad=BAD)
+from synthetic_shards import clip_key
 
 
 def noisy(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

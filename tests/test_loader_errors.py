@@ -23,25 +23,10 @@ from framestream.pipeline.prefetch import ReadAhead
 from framestream.pipeline.sampling import DenseSampling
 from framestream.pipeline.shards import ShardSet, ShardWriter
 
-from loader_setup import keys, make_loader, write_shards
+from loader_setup import BAD, keys, make_loader, write_shards
 from synthetic import damaged as damaged_bytes
 from synthetic import read_indices
 from synthetic_shards import clip_key, make_shards, small_video
-
-BAD = {2, 9}
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """13 clips in 3 shards."""
-    return make_shards(tmp_path_factory.mktemp("shards"), num_samples=13, samples_per_shard=5)
-
-
-@pytest.fixture(scope="module")
-def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """12 clips in 3 shards, two of them no video at all."""
-    return write_shards(tmp_path_factory.mktemp("damaged"), 12, 4, bad=BAD)
-
 
 # -- rejects and spares ----------------------------------------------------------------------------------
 
