@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ def fsync(path: Path) -> None:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file under a temporary name that takes its own name when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMP_SUFFIX}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}{TEMP_SUFFIX}")
     file = open(temporary, "wb")  # noqa: SIM115  (closed below on both ways out)
     try:
         yield file

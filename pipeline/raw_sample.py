@@ -23,11 +23,14 @@ class RawSample:
         key: the sample's key.
         shard: path or URL of its shard.
         members: extension -> bytes, of the extensions that were asked for.
+        cached: whether a remote shard was at hand when it was read; False where the read waited for its download,
+            None for local shards.
     """
 
     key: str
     shard: str
     members: Mapping[str, bytes] = field(repr=False)
+    cached: bool | None = field(default=None, repr=False, compare=False)
 
     @property
     def video_ext(self) -> str:

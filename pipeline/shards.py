@@ -14,37 +14,32 @@ import hashlib
 import json
 import logging
 import os
-import tarfile
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .cache import DEFAULT_CACHE_BYTES, ShardCache, default_cache_dir
-from .errors import SampleError, ShardError
+from .errors import ShardError
+from .lease import Lease
 from .raw_sample import RawSample, sample_from_members
 from .shard_index import (
-    BLOCK,
     SAFE_EXTENSIONS,
     VIDEO_EXTENSIONS,
     ShardIndex,
-    split_name,
     video_member,
 )
 from .shard_listing import ListedShard, Listing
 from .shard_paths import ShardsArgument, is_url, resolve
 from .shard_writer import ShardWriter
-
-if TYPE_CHECKING:
-    pass
+from .tar_member import read_member
 
 __all__ = ["SAFE_EXTENSIONS", "VIDEO_EXTENSIONS", "RawSample", "ShardSet", "ShardWriter", "sample_from_members"]
 
 MAX_HANDLES = 32  # open local shards per process
-MAX_REMOTE_HANDLES = 8  # open cached shards per process: each of them is kept from eviction
 MAX_INDEXED_SAMPLES = 200_000  # samples whose places are kept in memory per process
 
 log = logging.getLogger(__name__)
@@ -103,6 +98,9 @@ class ShardSet:
         storage_options: Mapping[str, Any] | None = None,
         cache_dir: str | Path | None = None,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
+        attempts: int = 4,
+        backoff_s: float = 0.5,
+        stall_s: float = 60.0,
     ) -> ShardSet:
         """Find the shards and count their samples; tars without an index are indexed now, once.
 
@@ -113,20 +111,20 @@ class ShardSet:
             cache_dir: where remote shards and indexes of read-only folders are kept; default
                 `$FRAMESTREAM_CACHE`, else `~/.cache/framestream`.
             cache_bytes: limit for remote shards kept there.
+            attempts, backoff_s: how often anything remote is tried, and seconds waited after the first failure,
+                doubled after each further one.
+            stall_s: seconds without a byte after which a connection to http(s) or s3 counts as dead.
 
         Raises:
-            ConfigError: an impossible `shards` argument, a shell opener, an unknown protocol.
+            ConfigError: an impossible `shards` argument or setting, a shell opener, an unknown protocol.
             ShardError: nothing there, or no usable sample in all of it.
         """
         if isinstance(shards, ShardSet):
             return shards
-        folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-        cache = ShardCache(folder.expanduser().absolute(), cache_bytes, dict(storage_options or {}))
-        listed = Listing(cache)
-        problems: list[str] = []
-        found = [listed.shard(path, problems) for path in resolve(shards, storage_options)]
-        problems = listed.problems + problems + listed.missing([s.path for s in found])
-        if not sum(shard.num_samples for shard in found):
+        folder = (Path(cache_dir) if cache_dir is not None else default_cache_dir()).expanduser().absolute()
+        cache = ShardCache(folder, cache_bytes, dict(storage_options or {}), attempts, backoff_s, stall_s)
+        found, problems = Listing(cache).shards(resolve(shards, cache.remote))
+        if not any(shard.num_samples for shard in found):
             raise ShardError("the shards hold no usable sample: " + "; ".join(problems or ["they are empty"]))
         for problem in problems[:20]:
             log.warning("%s", problem)
@@ -170,38 +168,82 @@ class ShardSet:
             ShardError: the shard cannot be opened or is another one than was indexed.
             SampleError: the shard ends early or holds something else at this place.
         """
+        lease = self._lease(shard)
+        descriptor = self._local(shard) if lease is None else lease
+        try:
+            return self._read(shard, sample, want, descriptor.descriptor, None if lease is None else lease.hit)
+        finally:
+            if lease is not None:
+                lease.close()
+
+    def lease(self, shard: int, *, over_limit: bool = True) -> Lease | None:
+        """Fetch a remote shard and its index ahead of need, and keep it from eviction until the lease is closed.
+
+        None for a local shard and, without `over_limit`, for one that does not fit into the cache beside those in
+        use. Raises ShardError where it cannot be fetched.
+        """
+        lease = self._lease(shard, over_limit=over_limit)
+        if lease is not None:
+            try:
+                entry = self._shards[shard]
+                Listing(self._cache).index(entry.path, entry.num_bytes, entry.sha256)
+            except BaseException:
+                lease.close()
+                raise
+        return lease
+
+    @property
+    def remote_bytes(self) -> tuple[int, ...]:
+        """Bytes of the remote shards, those of unknown size counting as none; () where all are local."""
+        return tuple(shard.num_bytes or 0 for shard in self._shards if is_url(shard.path))
+
+    @property
+    def cache_bytes(self) -> int:
+        """Limit of the cache for remote shards."""
+        return self._cache.limit_bytes
+
+    def _read(
+        self, shard: int, sample: int, want: Collection[str] | None, descriptor: int, cached: bool | None
+    ) -> RawSample:
         path = self.paths[shard]
         entry = self._index(shard).samples[sample]
         wanted = set(entry.members) - {"npy"} if want is None else set(want)
         if "video" in wanted and (video := video_member(entry.members)) is not None:
             wanted.add(video)
-        descriptor = self._handle(shard)
         members = {
-            ext: _read_member(descriptor.descriptor, path, entry.key, ext, offset, size)
+            ext: read_member(descriptor, path, entry.key, ext, offset, size)
             for ext, (offset, size) in entry.members.items()
             if ext in wanted
         }
-        return RawSample(entry.key, path, members)
+        return RawSample(entry.key, path, members, cached)
+
+    def _lease(self, shard: int, *, over_limit: bool = True) -> Lease | None:
+        """A lease on a remote shard for as long as it is read.
+
+        Handles of remote shards are not kept: each of them would keep its shard from eviction for as long as the
+        process lives. Which ones stay is the business of `ShardPrefetch`, which knows the order.
+        """
+        entry = self._shards[shard]
+        if not is_url(entry.path):
+            return None
+        fetch = self._cache.open if over_limit else self._cache.open_within_limit
+        return fetch(entry.path, num_bytes=entry.num_bytes, sha256=entry.sha256)
 
     def _mine(self) -> _Process:
         if self._process.pid != os.getpid():  # after a fork: offsets, locks and handles of the parent stay its own
             self._process = _Process()
         return self._process
 
-    def _handle(self, shard: int) -> _Handle:
-        mine, entry = self._mine(), self._shards[shard]
-        remote = is_url(entry.path)
+    def _local(self, shard: int) -> _Handle:
+        mine = self._mine()
         with mine.lock:
             handle = mine.handles.get(shard)
-        if handle is None:  # opened without the lock: a download must not keep other threads from other shards
-            if remote:
-                handle = _Handle(self._cache.open(entry.path, num_bytes=entry.num_bytes, sha256=entry.sha256))
-            else:
-                handle = _Handle(_open_local(entry.path))
+        if handle is None:  # opened without the lock: a slow disk must not keep other threads from other shards
+            handle = _Handle(_open_local(self.paths[shard]))
         with mine.lock:
             handle = mine.handles.setdefault(shard, handle)
             mine.handles.move_to_end(shard)
-            while len(mine.handles) > (MAX_REMOTE_HANDLES if remote else MAX_HANDLES):
+            while len(mine.handles) > MAX_HANDLES:
                 mine.handles.popitem(last=False)
             return handle
 
@@ -222,37 +264,6 @@ class ShardSet:
             while len(mine.indexes) > 1 and sum(len(i.samples) for i in mine.indexes.values()) > MAX_INDEXED_SAMPLES:
                 mine.indexes.popitem(last=False)
             return index
-
-
-def _read_member(descriptor: int, path: str, key: str, ext: str, offset: int, size: int) -> bytes:
-    """Read a member with the header in front of it, which proves that the index still speaks of this tar."""
-    data = _pread(descriptor, offset - BLOCK, BLOCK + size)
-    if len(data) < BLOCK + size:
-        raise SampleError(f"sample {key!r} of {path}: the shard ends inside its .{ext}, it was cut after indexing")
-    try:
-        header = tarfile.TarInfo.frombuf(data[:BLOCK], "utf-8", "surrogateescape")
-    except (tarfile.TarError, ValueError) as err:
-        raise SampleError(f"sample {key!r} of {path}: the tar header of its .{ext} is damaged ({err})") from err
-    # A long or non-ASCII name may stand in a header of its own, further ahead; the size is always here.
-    plain = key.isascii() and len(header.name) < 100
-    if header.size != size or (plain and split_name(header.name) != (key, ext)):
-        raise SampleError(
-            f"sample {key!r} of {path}: found {header.name!r} where its .{ext} should be; the index belongs to "
-            f"another version of the shard, delete it to have it built again"
-        )
-    return data[BLOCK:]
-
-
-def _pread(descriptor: int, offset: int, size: int) -> bytes:
-    data = os.pread(descriptor, size, offset)
-    if len(data) == size or not data:
-        return data
-    parts = [data]  # one call stops at 2 GiB and may return less for other reasons
-    got = len(data)
-    while got < size and (data := os.pread(descriptor, size - got, offset + got)):
-        parts.append(data)
-        got += len(data)
-    return b"".join(parts)
 
 
 def _open_local(path: str) -> int:
