@@ -1,28 +1,35 @@
-"""From positions to batches: which rows a rank takes, and what a DataLoader worker does with them."""
+"""From positions to batches: which rows a rank takes, and what a worker does with them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from time import perf_counter
 from typing import Any, NamedTuple
-
-from torch.utils.data import Sampler
 
 from .collate import ClipCollator
 from .dataset import ClipSource, PlannedClip
+from .deaths import Banned
 from .errors import FramestreamError
 from .health import ClipReport
 from .order import rank_rows
+from .watch import Watch
 
 
-class Row(NamedTuple):
-    """One row of a batch. `padding` marks a repeated sample on a rank that has no row of its own."""
+class Rows(NamedTuple):
+    """Neighbouring rows of a global batch: positions start..stop-1 of an epoch. `padding` marks a repeated sample on a
+    rank that has no row of its own."""
 
     epoch: int
-    position: int
+    start: int
+    stop: int
     padding: bool = False
 
+    @property
+    def positions(self) -> range:
+        return range(self.start, self.stop)
 
-class RankBatches(Sampler[list[Row]]):
+
+class RankBatches:
     """The batches of one rank in one epoch, from `start` samples on, as rows of each global batch.
 
     Every rank gets the same number of batches. A last partial global batch is spread over the ranks evenly; a
@@ -49,60 +56,76 @@ class RankBatches(Sampler[list[Row]]):
             yield end
             start = end
 
-    def __iter__(self) -> Iterator[list[Row]]:
+    def __iter__(self) -> Iterator[Rows]:
         epoch, start = self.epoch, self.start
         for end in self.ends():
             own = rank_rows(end - start, self.rank, self.world_size)
             if own:
-                yield [Row(epoch, start + row) for row in own]
+                yield Rows(epoch, start + own.start, start + own.stop)
             else:
-                yield [Row(epoch, min(start + own.start, end - 1), padding=True)]
+                repeated = min(start + own.start, end - 1)
+                yield Rows(epoch, repeated, repeated + 1, padding=True)
             start = end
 
 
 class Delivery(NamedTuple):
-    """A finished batch and how its clips came about."""
+    """A finished batch, how its clips came about, and the milliseconds that putting it together took."""
 
     batch: dict[str, Any]
     reports: list[ClipReport]
+    collate_ms: float
 
 
 class Failure(NamedTuple):
-    """An error on its way out of a worker. Raised there, torch would bury its sentence in a traceback."""
+    """An error on its way out of a worker, whose sentence says all: no traceback is wanted with it."""
 
     error: FramestreamError
 
 
+class Planned(NamedTuple):
+    """A batch that is read and planned, to be decoded elsewhere."""
+
+    clips: list[PlannedClip]
+    padding: bool
+
+
 class BatchMaker:
-    """What a DataLoader worker runs: rows to a batch, or only to plans when decoding happens elsewhere."""
+    """What a worker runs: rows to a batch, or only to plans when decoding happens elsewhere."""
 
     def __init__(self, source: ClipSource, collate: ClipCollator, *, decode: bool) -> None:
         self.source, self.collate, self.decode = source, collate, decode
 
-    def __getitem__(self, rows: Sequence[Row]) -> Delivery | Failure | list[tuple[Row, PlannedClip]]:
+    def __call__(self, rows: Rows) -> Delivery | Failure | Planned:
         try:
             if self.decode:
-                return self._collated(rows, [self.source.clip(row.epoch, row.position) for row in rows])
-            return [(row, self.source.plan(row.epoch, row.position)) for row in rows]
+                clips = [self.source.clip(rows.epoch, position) for position in rows.positions]
+                return self._collated(clips, rows.padding)
+            return Planned([self.source.plan(rows.epoch, position) for position in rows.positions], rows.padding)
         except FramestreamError as error:
             return Failure(error)
 
-    def finish(self, planned: Failure | list[tuple[Row, PlannedClip]]) -> Delivery | Failure:
-        """Decode and collate what `__getitem__` planned."""
+    def finish(self, planned: Failure | Planned) -> Delivery | Failure:
+        """Decode and collate what a call has planned."""
         if isinstance(planned, Failure):
             return planned
         try:
-            return self._collated([row for row, _ in planned], [self.source.finish(clip) for _, clip in planned])
+            return self._collated([self.source.finish(clip) for clip in planned.clips], planned.padding)
         except FramestreamError as error:
             return Failure(error)
 
-    def _collated(self, rows: Sequence[Row], clips: list[dict[str, Any]]) -> Delivery:
-        for row, clip in zip(rows, clips, strict=True):
-            if row.padding:
+    def learn(self, fact: Banned) -> None:
+        """Leave a sample out from now on."""
+        self.source.ban(fact)
+
+    def watched(self, watch: Watch) -> None:
+        """Tell `watch` which sample is being worked on."""
+        self.source.watch = watch
+
+    def _collated(self, clips: list[dict[str, Any]], padding: bool) -> Delivery:
+        for clip in clips:
+            if padding:
                 clip["meta"]["padding"] = clip["report"].padding = True
-        return Delivery(self.collate(clips), [clip["report"] for clip in clips])
-
-
-def as_is(item: Any) -> Any:
-    """The collate function of a DataLoader whose dataset returns whole batches."""
-    return item
+        reports = [clip["report"] for clip in clips]
+        started = perf_counter()
+        batch = self.collate(clips)
+        return Delivery(batch, reports, (perf_counter() - started) * 1e3)

@@ -8,15 +8,16 @@ from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
-from .batches import BatchMaker, Delivery, Failure, RankBatches, as_is
+from .batches import BatchMaker, Delivery, Failure, RankBatches
+from .deaths import Coroner
 from .health import Health, NoSpareError
 from .prefetch import ReadAhead
 from .shard_prefetch import ShardPrefetch
 from .state import Progress, from_state, to_state
+from .workers import WorkerCounts, WorkerPool
 
-#: Batches that the decoding thread of `decode_on="trainer"` keeps ready.
+#: Batches that the decoding or pinning thread of the training process keeps ready.
 READ_AHEAD = 2
 
 
@@ -32,9 +33,8 @@ class ClipLoader:
     same global batch (`batch_size` times ranks) a run may also continue on another number of ranks.
 
     The loader shards by rank itself and must not be sharded again. It is on purpose no `torch.utils.data
-    .DataLoader` and shows no `dataset` or `sampler`, so `Accelerator.prepare(loader)` and HF Trainer hand it
-    through as it is: return it from `Trainer.get_train_dataloader`, set `ignore_data_skip=True`, and save its
-    `state_dict()` with the checkpoint. With Lightning set `use_distributed_sampler=False`.
+    .DataLoader` and shows no `dataset` or `sampler`, so that `Accelerator.prepare(loader)` hands it through as it is.
+    For the HF Trainer and Lightning see `framestream.pipeline.frameworks`.
     """
 
     def __init__(
@@ -45,26 +45,41 @@ class ClipLoader:
         *,
         device: torch.device,
         attention_backend: str,
-        loading: Mapping[str, Any],
+        num_workers: int,
+        prefetch_factor: int,
+        start_method: str | None,
         pin_memory: bool,
         fingerprint: Mapping[str, Any],
     ) -> None:
         self._maker, self._rows, self._health = maker, rows, health
         self._device, self._attention_backend = device, attention_backend
-        self._loading, self._pin = dict(loading), pin_memory
+        self._num_workers, self._prefetch_factor, self._start_method = num_workers, prefetch_factor, start_method
+        self._pin = pin_memory
         self._fingerprint = dict(fingerprint)
         self._progress = Progress(0, 0)
-        self._prefetch = ShardPrefetch(maker.source.shards, maker.source.order)
+        source = maker.source
+        self._prefetch = [ShardPrefetch(*both) for both in zip(source.shards, source.order.orders, strict=True)]
         self._fresh = True  # the next loop takes up `_progress` instead of beginning the next epoch
         # Weak, so that leaving the loop ends it at once, and with it its thread.
         self._running: weakref.ref[Generator[dict[str, Any], None, None]] | None = None
-        self._workers: list[DataLoader[Any]] = []  # one, once a loop has begun
-        weakref.finalize(self, _stop_workers, self._workers, os.getpid())
+        self._counts = WorkerCounts()
+        self._pool: list[WorkerPool] = []  # one, once a loop with workers has begun
+        weakref.finalize(self, _stop_workers, self._pool, os.getpid())
 
     @property
     def epoch(self) -> int:
         """The epoch of the latest loop, from 0."""
         return self._progress.epoch
+
+    @property
+    def rank(self) -> int:
+        """Which rank's rows this is."""
+        return self._rows.rank
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that share a global batch."""
+        return self._rows.world_size
 
     @property
     def decode_on(self) -> str:
@@ -116,17 +131,28 @@ class ClipLoader:
     def stats(self) -> dict[str, float]:
         """Return counters of this rank since the loader was built, flat.
 
-        `samples`, `batches`, `samples_per_s`; mean milliseconds per sample `read_ms`, `decode_ms`,
-        `transform_ms` (summed over parallel workers); `wait_share`, the share of time that the consumer waited
-        for a batch; `rejects`, `reject_share`, `spares`, and `without_meta`, samples whose JSON was missing or
-        damaged.
+        `samples`, `batches`, `samples_per_s`. Mean milliseconds per sample: `read_ms`, `decode_ms`, `transform_ms`,
+        `collate_ms` (where the work is done, summed over parallel workers) and `transfer_ms` (taking finished batches
+        from the workers). `wait_share`, the share of time that the consumer waited for a batch: is training starved?
+        `worker_busy_share`, of the same time, that workers were at work. `worker_restarts`, workers that died or
+        overran their time and were replaced. `cache_hits` and `cache_misses`, samples of remote shards that were at
+        hand when they were needed, and that had to wait for a download. `rejects`, `reject_share`, `spares`, and
+        `without_meta`, samples whose JSON was missing or damaged. In a mixture `samples/NAME` for each dataset.
         """
-        return self._health.stats()
+        total = self._health.seconds * max(self._num_workers, 1)
+        return {
+            **self._health.stats(),
+            "transfer_ms": self._counts.transfer_s * 1e3 / max(self._health.samples, 1),
+            "worker_busy_share": min(1.0, self._counts.busy_s / total) if total else 0.0,
+            "worker_restarts": self._counts.restarts,
+        }
 
     def close(self) -> None:
         """Stop worker processes and threads. The loader stays usable and starts new ones when it needs them."""
         self._leave()
-        self._workers.clear()
+        _stop_workers(self._pool, os.getpid())
+        for prefetch in self._prefetch:
+            prefetch.close()
 
     def _leave(self) -> None:
         loop = None if self._running is None else self._running()
@@ -150,70 +176,74 @@ class ClipLoader:
                 batch = self._checked(delivery)
                 self._health.served()
                 self._progress = Progress(progress.epoch, next(ends))
-                self._prefetch.reach(*self._progress)
+                self._reach(self._progress)
                 yield batch
         finally:
             self._health.left()
             deliveries.close()
 
     def _deliveries(self) -> Generator[Delivery | Failure, None, None]:
-        if not self._workers:
-            self._workers.append(
-                DataLoader(
-                    self._maker,  # type: ignore[arg-type]
-                    batch_size=None,
-                    sampler=self._rows,
-                    collate_fn=as_is,
-                    pin_memory=self._pin and self._maker.decode,
-                    generator=torch.Generator(),  # leaves the global random state, which a resume restores, alone
-                    **self._loading,
-                )
-            )
-        loaded = iter(self._workers[0])
-        self._prefetch.reach(self._rows.epoch, self._rows.start)
-        if self._maker.decode:
-            yield from loaded
+        made = self._made()
+        self._reach(Progress(self._rows.epoch, self._rows.start))
+        if self._maker.decode and not (self._pin and self._num_workers):
+            yield from map(self._pinned, made)
             return
-        ahead = ReadAhead(self._finished(loaded), READ_AHEAD)
+        # Decoding here, or copying to page-locked memory, goes on beside the training step.
+        ahead = ReadAhead(self._finished(made), READ_AHEAD)
         try:
-            for delivery in ahead:
-                yield _pinned(delivery) if self._pin else delivery
+            yield from ahead
         finally:
             ahead.close()
 
-    def _finished(self, loaded: Iterator[Any]) -> Iterator[Delivery | Failure]:
-        """Runs in the decoding thread."""
+    def _made(self) -> Iterator[Any]:
+        """What the workers make of the rows, or this process where there are none: a `Delivery` or a `Failure`, or a
+        `Planned` batch that is to be decoded here."""
+        if not self._num_workers:
+            return map(self._maker, self._rows)
+        if not self._pool:
+            self._pool.append(
+                WorkerPool(
+                    self._maker,
+                    self._num_workers,
+                    prefetch=self._prefetch_factor,
+                    context=self._start_method,
+                    on_death=Coroner(self._maker.source.limit_s),
+                    counts=self._counts,
+                )
+            )
+        return self._pool[0].run(self._rows)
+
+    def _finished(self, made: Iterator[Any]) -> Iterator[Delivery | Failure]:
+        """Runs in a thread of this process."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # the current device is each thread's own
-        yield from map(self._maker.finish, loaded)
+        for item in made:
+            yield self._pinned(item if self._maker.decode else self._maker.finish(item))
+
+    def _pinned(self, delivery: Delivery | Failure) -> Delivery | Failure:
+        if not self._pin or isinstance(delivery, Failure):
+            return delivery
+        batch = {
+            name: value.pin_memory() if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
+            for name, value in delivery.batch.items()
+        }
+        return delivery._replace(batch=batch)
+
+    def _reach(self, progress: Progress) -> None:
+        """Have the shards fetched that come next."""
+        reached = self._maker.source.order.reached(*progress)
+        for prefetch, place in zip(self._prefetch, reached, strict=True):
+            prefetch.reach(*place)
 
     def _checked(self, delivery: Delivery) -> dict[str, Any]:
-        batch, reports = delivery
-        self._health.record(reports)
+        batch = delivery.batch
+        self._health.record(delivery.reports, delivery.collate_ms)
         batch["frame_mask"].prepare(self._device, self._attention_backend)
         return batch
 
 
-_inherited: list[list[DataLoader[Any]]] = []
-
-
-def _stop_workers(workers: list[DataLoader[Any]], owner: int) -> None:
-    """Let a loader's worker processes go when the loader does.
-
-    The list keeps them out of reference cycles, from which a garbage collection takes their queues apart first and
-    then waits seconds for processes that hear nothing. A forked child must not stop the workers of its parent.
-    """
+def _stop_workers(pool: list[WorkerPool], owner: int) -> None:
+    """Let a loader's worker processes go when the loader does. A forked child must not end those of its parent."""
     if os.getpid() == owner:
-        workers.clear()
-    else:
-        _inherited.append(workers)
-
-
-def _pinned(delivery: Delivery | Failure) -> Delivery | Failure:
-    if isinstance(delivery, Failure):
-        return delivery
-    batch = {
-        name: value.pin_memory() if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
-        for name, value in delivery.batch.items()
-    }
-    return delivery._replace(batch=batch)
+        while pool:
+            pool.pop().close()

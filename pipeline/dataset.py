@@ -11,13 +11,17 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from .cache import DEFAULT_CACHE_BYTES
+from .clip_order import ClipOrder
+from .deaths import Banned
 from .errors import SampleError
-from .health import NoSpareError, Reject
+from .health import ClipReport, NoSpareError, Reject
 from .order import SampleOrder
 from .sampling import Sampling
 from .shard_paths import ShardsArgument
 from .shards import ShardSet
 from .transforms import ClipRequest, ClipTransform, Crop, FrameHook, draw_at
+from .watch import Place, Watch
 
 #: Samples tried for one position before the data as a whole is held to be unusable.
 MAX_ATTEMPTS = 32
@@ -29,6 +33,7 @@ class PlannedClip:
 
     epoch: int
     position: int
+    place: Place
     request: ClipRequest
     rejects: list[Reject] = field(default_factory=list)
 
@@ -39,11 +44,26 @@ class ClipSource:
     Which spare follows from (seed, epoch, position, attempt) alone, so that every run, rank and worker count
     replaces alike. `meta["spare_for"]` of a spare holds the key of the sample that it replaces and
     `meta["rejects"]` lists what failed: shard, key and reason.
+
+    Args:
+        shards: one set per dataset.
+        order: of all of them.
+        transform: sample to clip.
+        names: of the datasets of a mixture, which `meta["dataset"]` then tells; empty where there is one.
     """
 
-    def __init__(self, shards: ShardSet, order: SampleOrder, transform: ClipTransform) -> None:
-        self.shards, self.order, self.transform = shards, order, transform
+    def __init__(
+        self, shards: Sequence[ShardSet], order: ClipOrder, transform: ClipTransform, names: Sequence[str] = ()
+    ) -> None:
+        self.shards, self.order, self.transform, self.names = tuple(shards), order, transform, tuple(names)
+        self.watch: Watch | None = None  # of the worker process that this is in
+        self.limit_s = 3 * transform.timeout_s  # opening, reading frames, and as much again to be sure
         self._want = frozenset({"video", "json", "txt", *transform.fields})
+        self._banned: dict[Place, str] = {}
+
+    def ban(self, banned: Banned) -> None:
+        """Reject a sample unread from now on."""
+        self._banned[banned.place] = banned.reason
 
     def plan(self, epoch: int, position: int) -> PlannedClip:
         """Read a sample and plan its frames, without decoding.
@@ -53,7 +73,9 @@ class ClipSource:
             ShardError: a shard cannot be read.
         """
         rejects: list[Reject] = []
-        return PlannedClip(epoch, position, self._request(epoch, position, rejects), rejects)
+        planned = PlannedClip(epoch, position, *self._request(epoch, position, rejects), rejects)
+        self._at_rest()
+        return planned
 
     def finish(self, planned: PlannedClip) -> dict[str, Any]:
         """Decode a planned clip; raises as `plan`."""
@@ -61,44 +83,63 @@ class ClipSource:
             try:
                 clip = self.transform.clip(planned.request)
             except SampleError as err:
-                planned.rejects.append(_reject(planned.request.shard, planned.request.key, err))
-                planned.request = self._request(planned.epoch, planned.position, planned.rejects)
+                planned.rejects.append(self._rejected(planned.place, str(err)))
+                planned.place, planned.request = self._request(planned.epoch, planned.position, planned.rejects)
                 continue
+            self._at_rest()
+            report: ClipReport = clip["report"]
+            if self.names:
+                clip["meta"]["dataset"] = report.dataset = self.names[planned.place.part]
             if planned.rejects:
                 clip["meta"]["spare_for"] = planned.rejects[0]["key"]
-                clip["meta"]["rejects"] = clip["report"].rejects = planned.rejects
+                clip["meta"]["rejects"] = report.rejects = planned.rejects
             return clip
 
     def clip(self, epoch: int, position: int) -> dict[str, Any]:
         """Return the clip at a position; raises as `plan`."""
-        return self.finish(self.plan(epoch, position))
+        rejects: list[Reject] = []
+        return self.finish(PlannedClip(epoch, position, *self._request(epoch, position, rejects), rejects))
 
-    def _request(self, epoch: int, position: int, rejects: list[Reject]) -> ClipRequest:
+    def _request(self, epoch: int, position: int, rejects: list[Reject]) -> tuple[Place, ClipRequest]:
+        """The first of the sample and its spares that can be planned. Stays watched over until it is decoded."""
         while len(rejects) < MAX_ATTEMPTS:
             attempt = len(rejects)
-            shard, sample = (
-                self.order.spare(epoch, position, attempt - 1) if attempt else self.order.at(epoch, position)
-            )
-            key = None
+            place = self.order.spare(epoch, position, attempt - 1) if attempt else self.order.at(epoch, position)
+            shards = self.shards[place.part]
+            if place in self._banned:
+                rejects.append(self._rejected(place, self._banned[place]))
+                continue
+            if self.watch is not None:
+                self.watch.begin(place)
             started = perf_counter()
             try:
-                raw = self.shards.read(shard, sample, want=self._want)
-                key = raw.key
+                raw = shards.read(place.shard, place.sample, want=self._want)
                 read = perf_counter()
+                if self.watch is not None:
+                    self.watch.limit(self.limit_s)
                 draw = draw_at(self.order.seed, epoch, position, attempt)
                 request = self.transform.request(raw, draw=draw)
             except SampleError as err:
-                key = key or self.shards.keys(shard)[sample]
-                rejects.append(_reject(self.shards.paths[shard], key, err))
+                rejects.append(self._rejected(place, str(err)))
                 continue
             request.read_ms += (read - started) * 1e3
-            return request
+            return place, request
+        self._at_rest()
         reasons = " | ".join(dict.fromkeys(reject["reason"] for reject in rejects[-3:]))
         raise NoSpareError(
             f"{len(rejects)} samples in a row could not be used (position {position} of epoch {epoch}); look at "
             f"the data with `framestream verify`. The last reasons: {reasons}",
             rejects,
         )
+
+    def _rejected(self, place: Place, reason: str) -> Reject:
+        shards = self.shards[place.part]
+        key = shards.keys(place.shard)[place.sample]
+        return {"shard": shards.paths[place.shard], "key": key, "reason": reason}
+
+    def _at_rest(self) -> None:
+        if self.watch is not None:
+            self.watch.end()
 
 
 class ClipDataset(Dataset[dict[str, Any]]):
@@ -117,7 +158,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         sampling, image_size, crop, decoder, random_end, transform, fields, timeout_s: as in `ClipTransform`.
         seed: seed of the random choices and spares.
         storage_options: for remote shards, handed to fsspec.
-        cache_dir: where remote shards and their indexes are kept.
+        cache_dir, cache_bytes: where remote shards and their indexes are kept, and how many bytes of shards.
 
     Raises:
         ConfigError: for impossible settings, at once.
@@ -138,6 +179,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         seed: int = 0,
         storage_options: Mapping[str, Any] | None = None,
         cache_dir: str | Path | None = None,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
         timeout_s: float = 30.0,
     ) -> None:
         clip_transform = ClipTransform(
@@ -151,9 +193,9 @@ class ClipDataset(Dataset[dict[str, Any]]):
             fields=fields,
             timeout_s=timeout_s,
         )
-        opened = open_shards(shards, storage_options, cache_dir)
-        order = SampleOrder(opened.sizes, seed=seed, shuffle=False)
-        self.source = ClipSource(opened, order, clip_transform)
+        opened = ShardSet.open(shards, storage_options=storage_options, cache_dir=cache_dir, cache_bytes=cache_bytes)
+        order = ClipOrder([SampleOrder(opened.sizes, seed=seed, shuffle=False)], seed)
+        self.source = ClipSource([opened], order, clip_transform)
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -168,16 +210,3 @@ class ClipDataset(Dataset[dict[str, Any]]):
     def set_epoch(self, epoch: int) -> None:
         """Draw other random moments and crops from now on. Persistent workers keep the epoch they started with."""
         self.epoch = epoch
-
-
-def open_shards(
-    shards: ShardSet | ShardsArgument,
-    storage_options: Mapping[str, Any] | None,
-    cache_dir: str | Path | None,
-) -> ShardSet:
-    """Open shards; a set that is open already is taken as it is."""
-    return ShardSet.open(shards, storage_options=storage_options, cache_dir=cache_dir)
-
-
-def _reject(shard: str, key: str, error: SampleError) -> Reject:
-    return {"shard": shard, "key": key, "reason": str(error)}

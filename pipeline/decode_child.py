@@ -11,9 +11,9 @@ import json
 import os
 import struct
 import sys
-import threading
-import time
 from typing import Any, BinaryIO
+
+from .parent_watch import leave_with_parent
 
 _HEAD = struct.Struct("<IQ")  # length of the JSON object, length of the bytes after it
 _LIMIT = 1 << 26  # of a JSON object
@@ -69,13 +69,6 @@ def _resized(frames: Any, size: tuple[int, int]) -> Any:
     return np.stack([to_rgb(av.VideoFrame.from_ndarray(frame, format="rgb24"), size) for frame in frames])
 
 
-def _leave_with(parent: int) -> None:
-    """End this process when its parent is gone, also in the middle of a decode that never returns."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
 def main() -> None:
     """Serve until the standard input is closed."""
     requests = os.fdopen(os.dup(0), "rb", buffering=0)
@@ -83,7 +76,7 @@ def main() -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):  # libraries may print; the pipes are for messages alone
         os.dup2(nothing, stream)
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    leave_with_parent()
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)

@@ -34,5 +34,9 @@ class RejectLimitError(FramestreamError):
     """More samples were rejected than the run allows."""
 
 
+class WorkerError(FramestreamError):
+    """Worker processes keep dying, and no sample is to blame."""
+
+
 class LeakError(FramestreamError):
     """A prediction target is visible to the query that has to predict it."""

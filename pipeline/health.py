@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,9 @@ from .errors import ConfigError, RejectLimitError
 
 #: The reject limit is not applied before this many samples were tried: a share of a few means nothing.
 SAMPLES_BEFORE_LIMIT = 100
+
+#: Rejected samples that are remembered as written down already; memory must not grow with the dataset.
+MAX_REMEMBERED = 10_000
 
 STAGES = ("read_ms", "decode_ms", "transform_ms")
 
@@ -33,14 +37,18 @@ class ClipReport:
     Attributes:
         timing: milliseconds by stage, see `STAGES`.
         without_meta: the sample's JSON is missing or damaged.
+        cached: whether a remote shard was at hand when the sample was read; None for local ones.
         rejects: samples that failed in its place.
         padding: a repeated sample on a rank that has no row of its own.
+        dataset: its dataset's name, in a mixture.
     """
 
     timing: dict[str, float]
     without_meta: bool = False
+    cached: bool | None = None
     rejects: list[Reject] = field(default_factory=list)
     padding: bool = False
+    dataset: str | None = None
 
 
 class NoSpareError(RejectLimitError):
@@ -56,7 +64,7 @@ class Health:
 
     Args:
         max_reject_share: rejected samples over all samples tried, 0 to 1, above which the run stops.
-        rejects_path: a JSON Lines file to which each rejected sample is appended once.
+        rejects_path: a JSON Lines file to which each rejected sample is appended, once unless there are very many.
 
     Raises:
         ConfigError: the share is not within 0..1.
@@ -69,9 +77,17 @@ class Health:
         self.rejects_path = None if rejects_path is None else Path(rejects_path)
         self.samples = self.batches = self.rejects = self.spares = self.without_meta = 0
         self.waited = self.used = 0.0  # seconds: the consumer in the loader, the consumer elsewhere
+        self.cache_hits = self.cache_misses = 0
+        self.datasets: Counter[str] = Counter()
+        self.collate_ms = 0.0
         self._stages = dict.fromkeys(STAGES, 0.0)
-        self._written: set[tuple[str, str]] = set()
+        self._written: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._left: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the consumer spent in loops over the loader."""
+        return self.waited + self.used
 
     def waiting(self) -> None:
         """The consumer asks for a batch."""
@@ -91,13 +107,14 @@ class Health:
         """The consumer has left the loop; what it does now is not measured."""
         self._left = None
 
-    def record(self, reports: Iterable[ClipReport]) -> None:
+    def record(self, reports: Iterable[ClipReport], collate_ms: float = 0.0) -> None:
         """Count a delivered batch.
 
         Raises:
             RejectLimitError: more than `max_reject_share` of at least 100 samples were rejected.
         """
         self.batches += 1
+        self.collate_ms += collate_ms
         rejects: list[Reject] = []
         for report in reports:
             if report.padding:
@@ -105,6 +122,10 @@ class Health:
             self.samples += 1
             self.spares += bool(report.rejects)
             self.without_meta += report.without_meta
+            self.cache_hits += report.cached is True
+            self.cache_misses += report.cached is False
+            if report.dataset is not None:
+                self.datasets[report.dataset] += 1
             rejects += report.rejects
             for stage in STAGES:
                 self._stages[stage] += report.timing[stage]
@@ -127,17 +148,21 @@ class Health:
     def stats(self) -> dict[str, float]:
         """Return the counters as a flat dict; times are per sample, since the loader was built."""
         tried = self.samples + self.rejects
-        total = self.waited + self.used
+        total = self.seconds
         return {
             "samples": self.samples,
             "batches": self.batches,
             "samples_per_s": self.samples / total if total else 0.0,
             **{stage: self._stages[stage] / max(self.samples, 1) for stage in STAGES},
+            "collate_ms": self.collate_ms / max(self.samples, 1),
             "wait_share": self.waited / total if total else 0.0,
+            "cache_hits": self.cache_hits,
+            "cache_misses": self.cache_misses,
             "rejects": self.rejects,
             "reject_share": self.rejects / tried if tried else 0.0,
             "spares": self.spares,
             "without_meta": self.without_meta,
+            **{f"samples/{name}": count for name, count in self.datasets.items()},
         }
 
     def _append(self, rejects: Sequence[Reject]) -> None:
@@ -147,7 +172,9 @@ class Health:
         for reject in rejects:
             sample = (reject["shard"], reject["key"])
             if sample not in self._written:
-                self._written.add(sample)
+                self._written[sample] = None
+                if len(self._written) > MAX_REMEMBERED:
+                    self._written.popitem(last=False)
                 lines.append(json.dumps(reject) + "\n")
         if lines:
             self.rejects_path.parent.mkdir(parents=True, exist_ok=True)

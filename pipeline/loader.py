@@ -12,15 +12,16 @@ from typing import Any, Literal
 import torch
 
 from .batches import BatchMaker, RankBatches
+from .cache import DEFAULT_CACHE_BYTES
 from .clip_loader import ClipLoader
 from .collate import ClipCollator, Normalize
-from .dataset import ClipSource, open_shards
+from .data_source import open_data
+from .dataset import ClipSource
 from .decode import GPU_BACKENDS, choose_backend
 from .errors import ConfigError
 from .health import Health
 from .layout import PositionKind
 from .masks import Rule
-from .order import SampleOrder
 from .sampling import Sampling
 from .shard_paths import ShardsArgument
 from .shards import ShardSet
@@ -30,7 +31,7 @@ DecodeOn = Literal["auto", "workers", "trainer"]
 
 
 def build_loader(
-    shards: ShardSet | ShardsArgument,
+    shards: ShardSet | ShardsArgument | Mapping[str, Any],
     *,
     sampling: Sampling | Mapping[str, Any],
     patches_per_frame: int | tuple[int, int],
@@ -55,6 +56,9 @@ def build_loader(
     timeout_s: float = 30.0,
     storage_options: Mapping[str, Any] | None = None,
     cache_dir: str | Path | None = None,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
+    checksums: bool = True,
+    epoch_samples: int | None = None,
     max_reject_share: float = 0.05,
     rejects_path: str | Path | None = None,
     rank: int | None = None,
@@ -68,14 +72,16 @@ def build_loader(
     """Build the loader of a training or evaluation run.
 
     Args:
-        shards: folder, tar, list, glob, brace pattern, URL, or a `ShardSet`.
+        shards: folder, tar, list, glob, brace pattern, URL, or a `ShardSet`; or a mixture of datasets,
+            `{"films": {"shards": …, "weight": 3}, "cooking": {"shards": …, "weight": 1}}`.
         sampling: which frames of a clip; an object, or a mapping as `make_sampling` takes it.
         patches_per_frame: tokens per frame, or a pair (slow, fast).
         batch_size: clips per batch and rank.
-        image_size, crop, random_end, transform, fields, timeout_s: see `ClipTransform`.
+        image_size, crop, random_end, transform, fields, timeout_s, checksums: see `ClipTransform`.
         mask, window_size, position_ids, normalize, block_mask: see `ClipCollator`.
         num_workers: worker processes; 0 works in the training process. Workers live from the first loop to
-            `close()`, and the stream does not depend on their number.
+            `close()`, and the stream does not depend on their number. One that dies, or works on a clip for longer
+            than 3 x `timeout_s`, is replaced and costs that clip.
         seed: seed of order, spares and random choices.
         shuffle: False gives the stored order.
         window_shards: shards whose samples are mixed with each other, see `SampleOrder`.
@@ -86,6 +92,8 @@ def build_loader(
             and transforms, two batches ahead. "auto" takes the trainer for GPU decoders. Same stream.
         storage_options: for remote shards, handed to fsspec.
         cache_dir: where remote shards and their indexes are kept.
+        cache_bytes: limit of what is kept of remote shards; two windows should fit.
+        epoch_samples: samples that make an epoch of a mixture; default as many as all its datasets hold.
         max_reject_share: share of rejected samples above which the run stops, applied from 100 samples on.
         rejects_path: JSON Lines file to which rejected samples are appended.
         rank, world_size: default to torch.distributed where it is initialised, else to the environment variables
@@ -108,6 +116,9 @@ def build_loader(
     _check_count("num_workers", num_workers, 0)
     _check_count("prefetch_factor", prefetch_factor, 1)
     _check_count("window_shards", window_shards, 1)
+    _check_count("cache_bytes", cache_bytes, 1)
+    if epoch_samples is not None:
+        _check_count("epoch_samples", epoch_samples, 1)
     _check_choice("multiprocessing_context", multiprocessing_context, (None, *multiprocessing.get_all_start_methods()))
     _check_choice("decode_on", decode_on, ("auto", "workers", "trainer"))
     _check_choice("attention_backend", attention_backend, ("auto", "flex", "ranges", "dense"))
@@ -132,37 +143,41 @@ def build_loader(
         seed=seed,
         fields=fields,
         timeout_s=timeout_s,
+        checksums=checksums,
     )
     health = Health(max_reject_share, rejects_path)
-    opened = open_shards(shards, storage_options, cache_dir)
-    order = SampleOrder(opened.sizes, seed=seed, shuffle=shuffle, window_shards=window_shards)
+    source = open_data(
+        shards,
+        seed=seed,
+        shuffle=shuffle,
+        window_shards=window_shards,
+        epoch_samples=epoch_samples,
+        storage_options=storage_options,
+        cache_dir=cache_dir,
+        cache_bytes=cache_bytes,
+    )
     global_batch = batch_size * world_size
-    if drop_last and len(order) < global_batch:
+    if drop_last and len(source.order) < global_batch:
         raise ConfigError(
             f"batch_size={batch_size} on {world_size} rank(s) needs {global_batch} samples, but there are "
-            f"{len(order)}, so an epoch would be empty; use a smaller batch_size or drop_last=False."
+            f"{len(source.order)}, so an epoch would be empty; use a smaller batch_size or drop_last=False."
         )
-    maker = BatchMaker(ClipSource(opened, order, clip_transform), collate, decode=decode)
-    loading: dict[str, Any] = {"num_workers": num_workers}
+    maker = BatchMaker(ClipSource(source.sets, source.order, clip_transform, source.names), collate, decode=decode)
     if num_workers:
         _check_start_method(multiprocessing_context, maker)
-        loading |= {
-            "multiprocessing_context": multiprocessing_context,
-            "prefetch_factor": prefetch_factor,
-            # Safe, because workers keep no state: which sample to load comes with each request.
-            "persistent_workers": True,
-        }
     return ClipLoader(
         maker,
-        RankBatches(len(order), global_batch, rank, world_size, drop_last),
+        RankBatches(len(source.order), global_batch, rank, world_size, drop_last),
         health,
         device=device,
         attention_backend=attention_backend,
-        loading=loading,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor,
+        start_method=multiprocessing_context,
         pin_memory=pin_memory and torch.accelerator.is_available(),
         fingerprint={
-            "data": opened.fingerprint,
-            "samples": len(order),
+            **source.identity,
+            "samples": len(source.order),
             "sampling": _described(clip_transform.sampling),
             "global_batch": global_batch,
             "order": f"shuffled, windows of {window_shards} shards" if shuffle else "stored",
@@ -184,6 +199,11 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
                 rank, world_size = (int(value) for value in names.values())
             except ValueError as err:
                 raise ConfigError(f"The environment has {names}; RANK and WORLD_SIZE must be numbers.") from err
+            if world_size > 1 and "RANK" not in os.environ:
+                raise ConfigError(
+                    f"The environment has WORLD_SIZE={world_size} and no RANK, so every process would take the rows of "
+                    "the first; give rank and world_size, or build the loader after the process group."
+                )
     _check_count("world_size", world_size, 1)
     _check_count("rank", rank, 0)
     if rank >= world_size:

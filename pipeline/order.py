@@ -9,6 +9,7 @@ of numpy and torch are not promised to stay the same from one release to the nex
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -78,7 +79,8 @@ class SampleOrder:
 
     Shuffled, an epoch walks through the shards in a random order, `window_shards` of them at a time, and
     through the samples of such a window in a random order: every sample exactly once, and only one window's
-    shards (two at its edge) need to be at hand. Not shuffled, it is the stored order.
+    shards (two at its edge) need to be at hand. Not shuffled, it is the stored order. Shards without samples play
+    no part.
 
     Args:
         sizes: samples in each shard.
@@ -108,7 +110,12 @@ class SampleOrder:
         return self._total
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_epochs": {}, "_windows": {}}
+        kept = {name: value for name, value in self.__dict__.items() if name != "_filled"}
+        return {**kept, "_epochs": {}, "_windows": {}}
+
+    @cached_property
+    def _filled(self) -> np.ndarray:
+        return np.flatnonzero(self.sizes)
 
     def at(self, epoch: int, position: int) -> tuple[int, int]:
         """Return (shard, sample within the shard) at a position, 0 <= position < len.
@@ -150,12 +157,28 @@ class SampleOrder:
             return self._inside(epoch, window, (position - window.start + shift) % count)
         return self.at(epoch, (window.stop + (start + attempt - near) % outside) % self._total)
 
+    def shards_within(self, positions: int) -> int:
+        """How many shards any run of consecutive positions of an epoch touches at most, spares apart.
+
+        A run of k positions reaches over at most 2 + (k - 2) // m windows, m being the fewest samples that a full
+        window can hold, and there is at least one sample to a shard.
+        """
+        filled = np.sort(np.asarray(self.sizes)[self._filled])
+        if positions < 1:
+            return 0
+        width = self.window_shards if self.shuffle else 1
+        fewest = int(filled[:width].sum())
+        windows = 1 if positions == 1 else 2 + (positions - 2) // fewest
+        return min(positions, windows * width, len(filled))
+
     def _epoch(self, epoch: int) -> _Epoch:
         if not self.shuffle:
             epoch = 0
         if epoch not in self._epochs:
-            count = len(self.sizes)
-            shards = permutation(count, self.seed, _SHARDS, epoch) if self.shuffle else np.arange(count)
+            count = len(self._filled)
+            shards = self._filled
+            if self.shuffle:
+                shards = shards[permutation(count, self.seed, _SHARDS, epoch)]
             ends = np.cumsum(np.asarray(self.sizes, dtype=np.int64)[shards])
             last = np.append(np.arange(self.window_shards, count, self.window_shards), count) - 1
             _make_room(self._epochs)

@@ -58,6 +58,14 @@ class ReadAhead(Generic[Item]):
 
 def _work(source: Iterable[Item], shared: _Shared[Item]) -> None:
     iterator = iter(source)
+    try:
+        _fill(iterator, shared)
+    finally:
+        if hasattr(iterator, "close"):  # now, not when somebody lets go of an error that holds its frames
+            iterator.close()
+
+
+def _fill(iterator: Iterator[Item], shared: _Shared[Item]) -> None:
     while True:
         shared.slots.acquire()
         if shared.stopped:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,6 +48,7 @@ class ClipRequest:
         read_ms: time spent so far.
         without_meta: the sample's JSON is missing or damaged.
         fields: further members, parsed.
+        cached: whether its shard was at hand, see `RawSample`.
     """
 
     key: str
@@ -61,6 +62,7 @@ class ClipRequest:
     read_ms: float
     without_meta: bool
     fields: dict[str, Any]
+    cached: bool | None = None
 
     @property
     def name(self) -> str:
@@ -97,6 +99,7 @@ class ClipTransform:
         fields: names of further members to parse, ending in "json" or "npy", e.g. `("actions.npy",)`. They
             appear under the same name. A sample without one of them is rejected.
         timeout_s: seconds after which decoding one clip is given up.
+        checksums: compare a video with the SHA-256 that its shard's metadata gives, where it does, before decoding it.
 
     Raises:
         ConfigError: for impossible settings, at once.
@@ -114,6 +117,7 @@ class ClipTransform:
         seed: int = 0,
         fields: Sequence[str] = (),
         timeout_s: float = 30.0,
+        checksums: bool = True,
     ) -> None:
         from .decode import choose_backend
 
@@ -129,7 +133,7 @@ class ClipTransform:
         self.image_size, self.crop = image_size, crop
         self.decoder, _ = choose_backend(decoder, "cpu" if decoder == "auto" else None)
         self.random_end, self.transform, self.seed = random_end, transform, seed
-        self.fields, self.timeout_s = check_fields(fields), timeout_s
+        self.fields, self.timeout_s, self.checksums = check_fields(fields), timeout_s, checksums
 
     def __call__(self, sample: RawSample | Mapping[str, Any]) -> dict[str, Any]:
         """Return the clip of a sample (ours, or a plain webdataset dict).
@@ -155,10 +159,15 @@ class ClipTransform:
             digest = blake2b(sample.key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
             draw = mix(self.seed, _KEY, int.from_bytes(digest, "little"))
         video = sample.video
-        info = sample.info or probe_video(video, name=f"{sample.key} in {sample.shard}")
+        name = f"{sample.key} in {sample.shard}"
+        info = sample.info
+        if info is None:
+            info = probe_video(video, name=name)
+        elif self.checksums:
+            _check_sha256(video, sample.meta.get("sha256"), name)
         if info.num_frames > len(video):  # planning costs memory by frame, so it must not believe just anything
             raise SampleError(
-                f"{sample.key} in {sample.shard}: its metadata says {info.num_frames} frames, more than the video "
+                f"{name}: its metadata says {info.num_frames} frames, more than the video "
                 f"has bytes ({len(video)}); it is cut, or described by somebody else's metadata."
             )
         return ClipRequest(
@@ -172,6 +181,7 @@ class ClipTransform:
             draw=draw,
             without_meta=bool(sample.meta_error),
             fields={name: parse_field(sample, name) for name in self.fields},
+            cached=sample.cached,
             read_ms=(perf_counter() - started) * 1e3,
         )
 
@@ -217,7 +227,7 @@ class ClipTransform:
             "text": request.text,
             "meta": request.meta,
             **request.fields,
-            "report": ClipReport(timing, request.without_meta),
+            "report": ClipReport(timing, request.without_meta, request.cached),
         }
 
     def _plan(self, info: VideoInfo, draw: int) -> SamplingPlan:
@@ -252,6 +262,16 @@ class ClipTransform:
                 f"transform returned {got}; it must return {frames.dtype} {list(frames.shape)}, what it was given."
             )
         return result
+
+
+def _check_sha256(video: bytes, expected: Any, name: str) -> None:
+    """Raise SampleError where the video is not the one that the metadata was written for. Damage can leave a stream
+    decodable, and then nothing else tells."""
+    if isinstance(expected, str) and (found := sha256(video).hexdigest()) != expected:
+        raise SampleError(
+            f"{name}: its video has the sha256 {found[:12]}… and its metadata says {expected[:12]}…; the video was "
+            "damaged or replaced after the shard was written. Write the shard again, or use checksums=False."
+        )
 
 
 def _first_full_end(sampling: Sampling, num_frames: int, times: np.ndarray | None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
+import time
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -134,6 +134,9 @@ def test_ranks_come_from_the_environment(shards: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("RANK", "one")
     with pytest.raises(ConfigError, match="RANK and WORLD_SIZE must be numbers"):
         make_loader(shards)
+    monkeypatch.delenv("RANK")
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2 and no RANK"):
+        make_loader(shards)
 
 
 def test_statistics_are_flat_numbers(shards: Path) -> None:
@@ -147,6 +150,18 @@ def test_statistics_are_flat_numbers(shards: Path) -> None:
     assert stats["read_ms"] > 0
     assert stats["samples_per_s"] > 0
     assert 0 < stats["wait_share"] <= 1
+    assert stats["transform_ms"] > 0
+    assert stats["collate_ms"] > 0
+    assert (stats["cache_hits"], stats["cache_misses"], stats["worker_restarts"]) == (0, 0, 0)  # local, and all well
+    assert (stats["transfer_ms"], stats["worker_busy_share"]) == (0, 0)  # no workers
+    loader = make_loader(shards, num_workers=1)
+    for _ in loader:
+        time.sleep(0.05)
+    stats = loader.stats()
+    assert stats["transfer_ms"] > 0
+    assert 0 < stats["worker_busy_share"] < 0.9
+    assert stats["wait_share"] < 0.9
+    loader.close()
 
 
 def test_build_loader_takes_what_the_guide_shows(shards: Path) -> None:
@@ -168,6 +183,7 @@ def test_build_loader_takes_what_the_guide_shows(shards: Path) -> None:
         {"decode_on": "trainer"},
         {"decode_on": "trainer", "num_workers": 2, "pin_memory": True},
         {"num_workers": 1, "multiprocessing_context": "spawn"},
+        {"num_workers": 1, "multiprocessing_context": "forkserver"},
     ],
     ids=str,
 )
@@ -222,9 +238,9 @@ def test_the_next_window_is_fetched_ahead(bucket: str, tmp_path: Path) -> None:
     loader = make_loader(bucket, cache_dir=tmp_path, window_shards=1, batch_size=1)
     loop = iter(loader)
     next(loop)
-    for thread in threading.enumerate():
-        if thread.name == "framestream-shards":
-            thread.join()
+    until = time.monotonic() + 60
+    while len(list(tmp_path.rglob("*.tar"))) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
     assert len(list(tmp_path.rglob("*.tar"))) == 2
     assert len(list(loop)) == 12
     assert len(list(tmp_path.rglob("*.tar"))) == 3

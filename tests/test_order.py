@@ -67,6 +67,20 @@ def test_positions_do_not_depend_on_what_was_asked_before(order: SampleOrder, ep
         assert fresh.at(epoch, position) == expected[position]
 
 
+@given(ORDERS, st.integers(0, 9), st.integers(1, 40))
+def test_neighbouring_positions_touch_as_few_shards_as_is_said(order: SampleOrder, epoch: int, k: int) -> None:
+    shards = [shard for shard, _ in epoch_of(order, epoch)]
+    touched = max(len(set(shards[start : start + k])) for start in range(len(shards)))
+    assert touched <= order.shards_within(k)
+
+
+def test_the_bound_on_shards_is_reached() -> None:
+    order = SampleOrder([2] * 40, window_shards=4)  # windows of 8 samples
+    assert [order.shards_within(k) for k in (0, 1, 2, 8, 9, 10, 18, 10**9)] == [0, 1, 2, 8, 8, 10, 16, 40]
+    epochs = [[shard for shard, _ in epoch_of(order, epoch)] for epoch in range(60)]
+    assert max(len(set(e[start : start + 6])) for e in epochs for start in range(74)) == 6
+
+
 def test_epochs_seeds_and_windows_give_other_orders() -> None:
     sizes = [25] * 8
     epochs = [tuple(epoch_of(SampleOrder(sizes, seed=seed), epoch)) for seed in (0, 1) for epoch in (0, 1, 2)]
@@ -142,12 +156,12 @@ def test_ranks_deliver_the_rest_of_an_epoch_once_and_in_step(
     assert len(ends) == len(delivered)
     end = start
     for parts, after in zip(delivered, ends, strict=True):
-        rows = [row for part in parts for row in part if not row.padding]
-        assert [row.position for row in rows] == list(range(end, after))
-        assert {row.epoch for row in rows} == {7}
-        assert all(part and len(part) <= batch_size for part in parts)
-        assert all(end <= row.position < after for part in parts for row in part)
-        assert len(rows) == size or (after == samples and not drop_last)
+        positions = [position for rows in parts if not rows.padding for position in rows.positions]
+        assert positions == list(range(end, after))
+        assert {rows.epoch for rows in parts} == {7}
+        assert all(1 <= len(rows.positions) <= batch_size for rows in parts)
+        assert all(end <= position < after for rows in parts for position in rows.positions)
+        assert len(positions) == size or (after == samples and not drop_last)
         end = after
     assert start >= samples or (0 <= samples - end < size if drop_last else end == samples)
     if not start:

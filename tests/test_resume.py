@@ -58,6 +58,19 @@ def test_the_rest_of_the_stream_is_exact(shards: Path, epochs: int, batches: int
     loader.close()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_stored_order_of_an_evaluation_resumes_too(shards: Path, workers: int) -> None:
+    options: dict[str, Any] = {"shuffle": False, "drop_last": False}
+    whole = loader_of(shards, **options)
+    expected = [stream(whole) for _ in range(2)]
+    state = saved_after(shards, 0, 5, **options)
+    loader = loader_of(shards, num_workers=workers, **options)
+    loader.load_state_dict(state)
+    assert stream(loader) == expected[0][5:]
+    assert stream(loader) == expected[1]
+    loader.close()
+
+
 def test_after_the_last_batch_comes_an_empty_remainder_and_the_next_epoch(shards: Path) -> None:
     loader = loader_of(shards)
     epochs = [keys(loader) for _ in range(3)]
@@ -229,47 +242,6 @@ def test_a_partial_global_batch_is_spread_over_all_ranks(shards: Path, world_siz
     assert counts == {4}
     assert sorted(own) == [clip_key(number) for number in range(13)]
     assert padding == [clip_key(12)] * (world_size - 1)
-
-
-TORCHRUN = """
-import json, os, sys
-sys.path.insert(0, {tests!r})
-import torch.distributed as dist
-from loader_setup import make_loader
-
-dist.init_process_group("gloo")
-os.environ["RANK"] = "0"  # the process group wins over the environment
-result = {{}}
-for drop_last in (True, False):
-    loader = make_loader({shards!r}, drop_last=drop_last, num_workers=1)
-    for batch in loader:
-        dist.barrier()  # hangs when a rank has fewer batches
-    mine = [(batch["keys"], [bool(m.get("padding")) for m in batch["meta"]]) for batch in loader]
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (len(loader), mine))
-    result[str(drop_last)] = gathered
-if dist.get_rank() == 0:
-    with open({output!r}, "w") as file:
-        json.dump(result, file)
-dist.destroy_process_group()
-"""
-
-
-def test_two_real_processes_share_uneven_shards_evenly(tmp_path: Path) -> None:
-    shards = make_shards(tmp_path / "shards", num_samples=13, samples_per_shard=5)  # 5, 5 and 3
-    script, output = tmp_path / "job.py", tmp_path / "result.json"
-    script.write_text(TORCHRUN.format(tests=str(TESTS), shards=str(shards), output=str(output)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads(output.read_text())
-    for drop_last, batches, samples in (("True", 3, 12), ("False", 4, 13)):
-        ranks = result[drop_last]
-        assert [length for length, _ in ranks] == [batches] * 2
-        assert [len(mine) for _, mine in ranks] == [batches] * 2
-        seen = [key for _, mine in ranks for row in mine for key, padding in zip(*row, strict=True) if not padding]
-        assert len(seen) == len(set(seen)) == samples
 
 
 # -- refusals --------------------------------------------------------------------------------------------
