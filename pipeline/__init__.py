@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from .errors import SampleError as SampleError
     from .errors import ShardError as ShardError
     from .errors import StateError as StateError
+    from .errors import WorkerError as WorkerError
+    from .frameworks import FrameworkLoader as FrameworkLoader
+    from .frameworks import LoaderTrainerMixin as LoaderTrainerMixin
     from .layout import FrameLayout as FrameLayout
     from .layout import frame_position_ids as frame_position_ids
     from .layout import next_frame_targets as next_frame_targets
@@ -56,7 +59,9 @@ _HOME = {
     "collate": "ClipCollator",
     "dataset": "ClipDataset",
     "decode": "Decoder available_backends open_decoder",
-    "errors": "ConfigError DecodeError FramestreamError LeakError RejectLimitError SampleError ShardError StateError",
+    "errors": "ConfigError DecodeError FramestreamError LeakError RejectLimitError SampleError ShardError StateError "
+    "WorkerError",
+    "frameworks": "FrameworkLoader LoaderTrainerMixin",
     "layout": "FrameLayout frame_position_ids next_frame_targets",
     "loader": "ClipLoader build_loader",
     "masks": "FrameMask fast_slow fast_slow_causal frame_causal full leaking_targets make_mask sliding_window "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from framestream.pipeline.dataset import ClipDataset
 from framestream.pipeline.errors import ConfigError, RejectLimitError, SampleError
 from framestream.pipeline.transforms import ClipTransform
 
-from loader_setup import FRAMES, IMAGE_SIZE, PATCHES, SAMPLING, digest, keys, make_loader, stream, write_shards
+from loader_setup import FRAMES, IMAGE_SIZE, PATCHES, SAMPLING, make_loader, stream, write_shards
 from synthetic import read_indices
 from synthetic_shards import clip_key, make_shards, small_video
 
@@ -196,49 +195,7 @@ def test_a_dataset_of_bad_samples_says_so_from_a_worker(tmp_path: Path) -> None:
         list(DataLoader(clips, collate_fn=collator(), num_workers=1))
 
 
-# -- level 1 inside frameworks ---------------------------------------------------------------------------
-
-
-def test_accelerate_neither_shards_again_nor_loses_the_batch(shards: Path) -> None:
-    accelerate = pytest.importorskip("accelerate")
-    from accelerate.utils import send_to_device
-
-    loader = make_loader(shards)
-    prepared = accelerate.Accelerator(cpu=True).prepare(loader)
-    assert keys(prepared) == keys(make_loader(shards))
-    batch = next(iter(make_loader(shards, block_mask=True)))
-    moved = send_to_device(batch, "cpu")
-    assert set(moved) == set(batch)
-    assert digest(moved) == digest(batch)
-
-
-def test_hf_trainer_takes_the_loader_as_it_is(shards: Path, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    loader = make_loader(shards, batch_size=3)
-    seen: list[str] = []
-
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = torch.nn.Parameter(torch.ones(()))
-
-        def forward(self, video_frames: torch.Tensor, keys: list[str], **batch: Any) -> dict[str, torch.Tensor]:
-            assert batch["frame_mask"].batch_size == len(keys)
-            seen.extend(keys)
-            return {"loss": self.scale * video_frames.float().mean()}
-
-    class Trainer(transformers.Trainer):
-        def get_train_dataloader(self) -> Any:
-            return loader
-
-    settings = transformers.TrainingArguments(
-        output_dir=str(tmp_path), num_train_epochs=2, report_to=[], save_strategy="no", use_cpu=True,
-        remove_unused_columns=False, disable_tqdm=True, ignore_data_skip=True,
-    )  # fmt: skip
-    Trainer(model=Model(), args=settings, train_dataset=None).train()
-    whole = make_loader(shards, batch_size=3)
-    assert seen == [key for _ in range(2) for batch in keys(whole) for key in batch]
-    assert json.dumps(loader.state_dict()) == json.dumps(whole.state_dict())
+# -- level 1, the rest is in test_loader and test_frameworks ----------------------------------------------
 
 
 def test_pinning_does_not_need_an_accelerator(shards: Path) -> None:

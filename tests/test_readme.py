@@ -20,8 +20,9 @@ BLOCKS = {(page.name, m["name"]): m["code"] for page in PAGES for m in MARKED.fi
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A folder as the pages assume it: `shards/` with a few clips."""
+    """A folder as the pages assume it: `shards/` with a few clips, and `more/` with some."""
     folder = tmp_path_factory.mktemp("project")
+    make_shards(folder / "more", num_samples=4, samples_per_shard=2, prefix="more")
     make_shards(folder / "shards", num_samples=6, samples_per_shard=3, num_frames=32)
     return folder
 
