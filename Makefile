@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help install demo test test-slow test-browser soak lint types clean
+.PHONY: help install demo test test-slow test-browser soak fuzz lint types clean
 
 help:
 	@echo "make demo           videos to a trained model and runs/demo/report.html (VIDEOS=/some/folder for your own)"
 	@echo "make test           the tests (minutes)"
 	@echo "make test-slow      compile, many-kills and other long tests"
 	@echo "make test-browser   pages in headless Chromium"
+	@echo "make soak fuzz      memory and kills over long runs; thousands of damaged inputs (minutes each)"
 	@echo "make lint types     ruff and mypy"
 	@echo "make clean          remove the virtual environment and everything built"
 
@@ -40,7 +41,10 @@ test-browser: $(INSTALLED)
 	$(PYTEST) -m browser
 
 soak: $(INSTALLED)
-	$(PYTEST) -m soak
+	$(PYTEST) -m soak -s
+
+fuzz: $(INSTALLED)
+	$(PYTEST) -m fuzz -s
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -379,6 +379,7 @@ def train(
                         grad_norm=norm_value,
                         samples_per_s=round(rate, 3),
                         wait_share=round(wait_share, 4),
+                        **_of_loader(loader),
                     )
                     window_start, window_samples, window_wait = time.perf_counter(), 0, 0.0
                 stopping = any_rank(stop_asked(), device, ranks)
@@ -401,6 +402,15 @@ def train(
             metrics.close()
     seconds = time.perf_counter() - started
     return TrainResult(step, finished, resumed_from, evaluation, samples, seconds, clock.seconds)
+
+
+_LOGGED = ("read_ms", "decode_ms", "rejects", "worker_restarts", "cache_hits", "cache_misses")
+
+
+def _of_loader(loader: ResumableLoader) -> dict[str, float]:
+    """What a loader that keeps statistics says of itself so far; on several ranks that of the first."""
+    stats = loader.stats() if hasattr(loader, "stats") else {}
+    return {name: round(stats[name], 3) for name in _LOGGED if name in stats}
 
 
 def _sync_gradients(model: nn.Module, last_part: bool) -> AbstractContextManager[Any]:

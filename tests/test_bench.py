@@ -25,6 +25,17 @@ def test_bench_prints_and_writes(name, candidates, tmp_path, capsys):
         assert row["case"].split(",")[0] in printed
 
 
+@pytest.mark.parametrize(("name", "rows"), [("order", 5), ("workers", 1), ("resume", 2)])
+def test_the_loader_is_measured_too(name, rows, tmp_path, capsys):
+    assert main(["bench", name, "--output", str(tmp_path), "--repeats", "1"]) == 0
+    result = json.loads((tmp_path / f"{name}.json").read_text())
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert len(result["rows"]) == rows
+    assert all(value > 0 for row in result["rows"] for value in row["ms"].values())
+    printed = capsys.readouterr().out
+    assert all(row["case"].split(",")[0] in printed for row in result["rows"])
+
+
 def test_impossible_benchmarks_stop_at_once(capsys):
     assert main(["bench", "masks", "--repeats", "0"]) == 2
     assert "at least one repeat" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from framestream.model import checkpoint as ckpt
 from framestream.model.evaluate import ErrorSum, Evaluation, evaluate
@@ -22,7 +24,8 @@ from framestream.tools.config import load_config
 from framestream.tools.train import STOPPED, build, describe, run_config
 from framestream.tools.train import train as train_command
 
-from synthetic_shards import make_shards
+from loader_setup import write_shards
+from synthetic_shards import clip_key, make_shards
 from train_setup import losses, start, wait_for_step, write_config
 
 STEPS = 40
@@ -46,6 +49,36 @@ def unbroken(shards: Path, held_out: Path, tmp_path_factory: pytest.TempPathFact
     config = write_config(folder / "c.yaml", shards, folder / "run", held_out, steps=STEPS, eval_every=15)
     assert train_command(load_config(config)) == 0
     return folder / "run"
+
+
+def test_a_mixture_in_the_file_is_trained_on_and_its_rejects_are_written_down(shards: Path, tmp_path: Path) -> None:
+    damaged = write_shards(tmp_path / "damaged", 6, 6, bad={1, 4})
+    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", steps=12)
+    values = yaml.safe_load(config.read_text())
+    values["data"] |= {
+        "shards": {"clean": {"shards": str(shards), "weight": 3}, "damaged": {"shards": str(damaged)}},
+        "max_reject_share": 0.9,
+        "epoch_samples": 8,
+        "workers": 1,
+    }
+    config.write_text(yaml.safe_dump(values))
+    assert train_command(load_config(config)) == 0
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert len(rows) == 12
+    logged = rows[-1]
+    assert logged["rejects"] >= 1
+    assert logged["worker_restarts"] == logged["cache_hits"] == logged["cache_misses"] == 0
+    assert all(row["decode_ms"] > 0 and 0 <= row["wait_share"] <= 1 and row["samples_per_s"] > 0 for row in rows)
+    rejects = [json.loads(line) for line in (tmp_path / "run" / "rejects.jsonl").read_text().splitlines()]
+    assert {reject["key"] for reject in rejects} <= {clip_key(1), clip_key(4)}
+    assert all("damaged" in reject["shard"] and reject["reason"] for reject in rejects)
+
+    values["data"]["shards"]["clean"]["weight"] = 2
+    config.write_text(yaml.safe_dump(values))
+    with pytest.raises(StateError, match=r"weights was .*'clean': 3.* is .*'clean': 2"):
+        train_command(load_config(config))
+    with pytest.raises(ConfigError, match="set in the file"):
+        load_config(config, ["--data.shards.clean.weight", "5"])
 
 
 def test_a_run_leaves_what_it_says(unbroken: Path, held_out: Path) -> None:

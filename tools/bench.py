@@ -1,17 +1,14 @@
 """`framestream bench`: how long things take, side by side in one process, as medians and ratios.
 
 Absolute times on a shared machine mean little; the ratio of two things measured in turn, round after round, means
-something. Rounds interleave the candidates, so that a slow moment hits all of them.
+something.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -24,18 +21,12 @@ from framestream.pipeline.layout import FrameLayout
 from framestream.pipeline.masks import FrameMask, make_mask
 from framestream.pipeline.sampling import DenseSampling, FastSlowSampling
 
-
-@dataclass
-class Row:
-    """One case: milliseconds of each candidate (medians), and what the ratios mean."""
-
-    case: str
-    ms: dict[str, float]
-    facts: dict[str, float] = field(default_factory=dict)
+from .bench_loader import MEASURES
+from .bench_rows import Row, interleaved
 
 
 def bench(
-    name: Literal["masks", "attention"],
+    name: Literal["masks", "attention", "order", "workers", "resume"],
     *,
     output: str = "runs/bench",
     repeats: int = 7,
@@ -48,15 +39,18 @@ def bench(
     masks: FrameMask.block_mask against torch's create_block_mask, for an equal result.
     attention: forward and backward under a frame mask by key ranges, against a dense boolean mask and against
     unmasked attention; `ideal` is unmasked time multiplied by the share of token pairs that may attend.
+    order: how well windows of shards shuffle, against a full shuffle.
+    workers: an epoch with the loader's own worker processes, against torch's DataLoader; and what checksums cost.
+    resume: opening 10 and 10,000 shards, and the first batch after a resume at the start and at 99 % of an epoch.
 
     Prints a table and writes `NAME.json` and `NAME.png`.
 
     Args:
-        name: what to measure, masks or attention.
+        name: what to measure: masks, attention, order, workers or resume.
         output: folder for the results.
         repeats: rounds; each candidate runs once per round.
         threads: threads of PyTorch.
-        device: cpu or cuda.
+        device: cpu or cuda, for masks and attention.
         tokens: sequence lengths for masks; attention takes 16 frames of tokens/16 patches.
     """
     if repeats < 1 or min(tokens, default=0) < 16:
@@ -75,8 +69,11 @@ def bench(
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"output {folder} cannot be written to; name another folder.")
     torch.set_num_threads(threads)
-    measure = {"masks": _masks, "attention": _attention}[name]
-    rows = [row for n in tokens for row in measure(n, repeats, device)]
+    if name in MEASURES:
+        rows = MEASURES[name](repeats)
+    else:
+        measure = {"masks": _masks, "attention": _attention}[name]
+        rows = [row for n in tokens for row in measure(n, repeats, device)]
     _print(name, rows)
     result = {
         "bench": name,
@@ -99,7 +96,7 @@ def _masks(tokens: int, repeats: int, device: str) -> list[Row]:
     mask = make_mask("time_causal", layout)
     rule = build_block_mask(mask, device).mask_mod
     n = mask.num_tokens
-    ms = _interleaved(
+    ms = interleaved(
         {
             "create_block_mask": lambda: create_block_mask(rule, 1, 1, n, n, device=device),
             "FrameMask.block_mask": lambda: build_block_mask(mask, device),
@@ -128,7 +125,7 @@ def _attention(tokens: int, repeats: int, device: str) -> list[Row]:
 
     rows = []
     for name, mask in cases.items():
-        ms = _interleaved(_candidates(q, k, v, mask, step, device), repeats, device)
+        ms = interleaved(_candidates(q, k, v, mask, step, device), repeats, device)
         ideal = mask.density * ms["unmasked"]
         ours = "flex" if device == "cuda" else "ranges"
         facts = {
@@ -155,19 +152,6 @@ def _candidates(
     for name in names:
         runs[name] = lambda name=name: step(lambda: frame_attention(q, k, v, mask, name))  # type: ignore[misc]
     return runs
-
-
-def _interleaved(candidates: Mapping[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
-    """Median milliseconds of each candidate; one warm-up round, then `repeats` rounds in turn."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(repeats + 1):
-        for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(measured[1:]) for name, measured in times.items()}
 
 
 def _print(name: str, rows: list[Row]) -> None:

@@ -40,7 +40,7 @@ COMMANDS = {
     "train": Command("train", "main", "train a model from a config", parses_itself=True),
     "demo": Command("demo", "demo", "videos to a trained model and a report, in one go"),
     "bench": Command("bench", "bench", "measure this machine, ours and others side by side", ("name", "")),
-    "doctor": Command("doctor", "doctor", "say what this machine can do and what would be used"),
+    "doctor": Command("doctor", "main", "say what this machine can do, or what limits a loader", parses_itself=True),
 }
 
 

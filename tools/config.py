@@ -11,8 +11,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from framestream.model.reconstruction_config import ReconstructionConfig
 from framestream.model.trainer import TrainSettings
+from framestream.pipeline.cache import DEFAULT_CACHE_BYTES
 from framestream.pipeline.errors import ConfigError
 from framestream.pipeline.sampling import FastSlowSampling, make_sampling
+
+Plain = str | int | float | bool | None
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,9 @@ class DataConfig:
     """Which clips, and what is taken of them.
 
     Args:
-        shards: shards to train on: folder, glob, brace pattern or URL.
-        held_out: shards to evaluate on; null evaluates nothing.
+        shards: shards to train on: folder, glob, brace pattern or URL; or a mixture of datasets by name, each with its
+            shards and its weight, {films: {shards: shards/films, weight: 3}, cooking: {shards: shards/cooking}}.
+        held_out: shards to evaluate on, likewise; null evaluates nothing.
         sampling: which frames of a clip, `kind` fast_slow, dense or length and its settings; null follows from the
             sampling keys of `model` (use_fast_slow_frames, num_fast, num_slow, fast_stride, slow_stride), and there
             without fast-slow frames all `num_fast` newest frames are taken.
@@ -38,12 +42,17 @@ class DataConfig:
         workers: worker processes that decode; 0 decodes in the training process. Results do not depend on it.
         seed: of order and random choices.
         decoder: a decoder by name, or auto.
+        window_shards: shards whose clips are mixed with each other; more is better mixed, fewer needs less local space.
+        epoch_samples: clips that make an epoch of a mixture; null takes as many as all its datasets hold.
+        storage_options: for remote shards, handed to fsspec: plain values, or sections of plain values.
         cache_dir: where remote shards are kept; null takes the default.
+        cache_gb: limit of what is kept of remote shards, in 10^9 bytes.
+        checksums: compare each video with the SHA-256 in its shard's metadata before decoding it.
         max_reject_share: stop when more than this share of clips cannot be used.
     """
 
-    shards: str = ""
-    held_out: str | None = None
+    shards: str | dict[str, dict[str, str | float]] = ""
+    held_out: str | dict[str, dict[str, str | float]] | None = None
     # Plain values only: under `Any`, jsonargparse would import what a `class_path` in the file names.
     sampling: dict[str, int | float | str | None] | None = None
     image_size: int = 224
@@ -57,7 +66,12 @@ class DataConfig:
     workers: int = 2
     seed: int = 0
     decoder: str = "auto"
+    window_shards: int = 4
+    epoch_samples: int | None = None
+    storage_options: dict[str, Plain | dict[str, Plain]] | None = None
     cache_dir: str | None = None
+    cache_gb: float = DEFAULT_CACHE_BYTES / 1e9
+    checksums: bool = True
     max_reject_share: float = 0.05
 
     def __post_init__(self) -> None:
@@ -65,6 +79,8 @@ class DataConfig:
             raise ConfigError(
                 f"data.eval_batch_size must be at least 1, or null for batch_size, got {self.eval_batch_size}."
             )
+        if not self.cache_gb > 0:
+            raise ConfigError(f"data.cache_gb must be a positive number of 10^9 bytes, got {self.cache_gb}.")
         if self.seed < 0:
             raise ConfigError(f"data.seed must not be negative, got {self.seed}.")
 
@@ -174,7 +190,16 @@ class TrainConfig:
 # Places, speeds and intervals: a run may be resumed with other values of these. The loader's own state refuses other
 # data, wherever it lies.
 _NO_PART_OF_THE_RESULT = {
-    "data": ("shards", "held_out", "workers", "cache_dir", "decoder"),
+    "data": (
+        "shards",
+        "held_out",
+        "workers",
+        "decoder",
+        "storage_options",
+        "cache_dir",
+        "cache_gb",
+        "max_reject_share",
+    ),
     "model": ("attention_backend", "gradient_checkpointing"),
     "train": (
         "eval_every",
@@ -291,6 +316,8 @@ def _check_options(overrides: Sequence[str]) -> None:
         seen = ""
         for part in option[2:].split("=", 1)[0].split("."):
             if not dataclasses.is_dataclass(kind):
+                if seen in ("data.shards", "data.held_out"):
+                    raise ConfigError(f"{option}: the datasets of a mixture are set in the file, not here.")
                 if _is_mapping(kind):
                     break
                 raise ConfigError(f"{option}: {seen} is a single value and has no key {part}.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,19 +15,42 @@ from rich.table import Table
 
 from framestream.pipeline.cache import default_cache_dir
 from framestream.pipeline.decode import available_backends, choose_backend
+from framestream.pipeline.errors import ConfigError
 
 from .results import versions
 
 EXTRAS = {"transformers": "hf", "accelerate": "hf", "s3fs": "s3", "torchcodec": "torchcodec"}
 
 
-def doctor() -> int:
-    """Say what this machine can do: versions, devices, decoders with the reason where one cannot be used, and choices.
+def main(arguments: Sequence[str]) -> int:
+    """`framestream doctor [--loader CONFIG [--section.key value …] [--seconds N]]`."""
+    parser = argparse.ArgumentParser(
+        prog="framestream doctor",
+        description="Say what this machine can do: versions, devices, decoders with the reason where one cannot be "
+        "used, and what would be chosen. With --loader: run the loader of a training config alone and say what limits "
+        "it (read, decode, transform or transfer) and what to change.",
+        epilog="Further options override the config, as in `framestream train`: --data.workers 4",
+    )
+    parser.add_argument("--loader", metavar="CONFIG", help="a YAML file, or the name of a shipped config")
+    parser.add_argument("--seconds", type=float, default=20.0, help="how long to run the loader (default: 20)")
+    known, overrides = parser.parse_known_args(list(arguments))
+    console = Console(highlight=False, soft_wrap=True)
+    if known.loader is None:
+        if overrides:
+            raise ConfigError(f"doctor does not know {overrides[0]!r}; settings of a config go with --loader CONFIG.")
+        return doctor(console)
+    from .config import load_config
+    from .loader_doctor import examine_config
+
+    return examine_config(load_config(known.loader, overrides), known.seconds, console)
+
+
+def doctor(console: Console) -> int:
+    """Say what this machine can do.
 
     Returns:
         0, whatever is missing: nothing that is reported as missing is needed.
     """
-    console = Console(highlight=False, soft_wrap=True)
     table = Table(title="Versions", title_justify="left", show_header=False)
     for name, version in versions().items():
         table.add_row(name, version)

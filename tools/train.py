@@ -134,6 +134,60 @@ def patches_of(config: TrainConfig, tower: nn.Module) -> int | tuple[int, int]:
     return fast if slow == fast else (slow, fast)
 
 
+REJECTS_FILE = "rejects.jsonl"
+
+
+def build_loaders(
+    config: TrainConfig, patches: int | tuple[int, int], device: torch.device, *, log_rejects: bool = True
+) -> tuple[ClipLoader, ClipLoader | None]:
+    """The loader of the training clips, and that of the held-out ones where there are any.
+
+    Rejected clips are written to the run folder's rejects.jsonl, with `log_rejects`.
+
+    Raises:
+        ConfigError, ShardError: as `build_loader`.
+    """
+    data = config.data
+    if not data.shards:
+        raise ConfigError("data.shards is not set: give the folder that `framestream shard` wrote.")
+    mask, window_size = config.mask()
+    common: dict[str, Any] = {
+        "sampling": config.sampling(),
+        "patches_per_frame": patches,
+        "image_size": data.image_size,
+        "mask": mask,
+        "window_size": window_size,
+        "num_workers": data.workers,
+        "seed": data.seed,
+        "decoder": data.decoder,
+        "storage_options": data.storage_options,
+        "cache_dir": data.cache_dir,
+        "cache_bytes": int(data.cache_gb * 1e9) or 1,
+        "checksums": data.checksums,
+        "max_reject_share": data.max_reject_share,
+        "rejects_path": Path(config.output) / REJECTS_FILE if log_rejects else None,
+        "device": device,
+        "attention_backend": config.model.attention_backend,
+        "pin_memory": device.type == "cuda",
+    }
+    loader = build_loader(
+        data.shards,
+        batch_size=data.batch_size,
+        crop=data.crop,
+        random_end=data.random_end,
+        transform=Augment() if data.augment else None,
+        window_shards=data.window_shards,
+        epoch_samples=data.epoch_samples,
+        **common,
+    )
+    if not data.held_out:
+        return loader, None
+    held_out = build_loader(
+        data.held_out, batch_size=data.eval_batch_size or data.batch_size, shuffle=False, drop_last=False, **common
+    )
+    return loader, held_out
+
+
 def build(config: TrainConfig, *, device: torch.device | None = None) -> Run:
     """Build model and loaders; everything that a config can get wrong is found here.
 
@@ -144,8 +198,7 @@ def build(config: TrainConfig, *, device: torch.device | None = None) -> Run:
     from framestream.model.autoregressive_reconstruction import create_autoregressive_reconstruction_module
     from framestream.model.patch_basis import start_with_differences
 
-    data = config.data
-    if not data.shards:
+    if not config.data.shards:
         raise ConfigError("data.shards is not set: give the folder that `framestream shard` wrote.")
     device = device or pick_device(config.train.device)
     _check(config, device)
@@ -158,35 +211,7 @@ def build(config: TrainConfig, *, device: torch.device | None = None) -> Run:
             "model.start_with_differences needs at least 3 heads of at least embedding_dim channels each: "
             f"set model.predictor_dim to {3 * config.model.embedding_dim} and model.num_heads to 3."
         )
-    mask, window_size = config.mask()
-    common: dict[str, Any] = {
-        "sampling": config.sampling(),
-        "patches_per_frame": patches,
-        "image_size": data.image_size,
-        "mask": mask,
-        "window_size": window_size,
-        "num_workers": data.workers,
-        "seed": data.seed,
-        "decoder": data.decoder,
-        "cache_dir": data.cache_dir,
-        "max_reject_share": data.max_reject_share,
-        "device": device,
-        "attention_backend": config.model.attention_backend,
-        "pin_memory": device.type == "cuda",
-    }
-    loader = build_loader(
-        data.shards,
-        batch_size=data.batch_size,
-        crop=data.crop,
-        random_end=data.random_end,
-        transform=Augment() if data.augment else None,
-        **common,
-    )
-    eval_loader = None
-    if data.held_out:
-        eval_loader = build_loader(
-            data.held_out, batch_size=data.eval_batch_size or data.batch_size, shuffle=False, drop_last=False, **common
-        )
+    loader, eval_loader = build_loaders(config, patches, device)
     return Run(module, loader, eval_loader, patches)
 
 
