@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import struct
 import sys
 from typing import Any, BinaryIO
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO
 from .parent_watch import leave_with_parent
 
 _HEAD = struct.Struct("<IQ")  # length of the JSON object, length of the bytes after it
+_CLOCK = re.compile(r"^\[\d\d:\d\d:\d\d\]\s*")  # in front of Decord's messages; the same fault should read the same
 _LIMIT = 1 << 26  # of a JSON object
 
 
@@ -88,7 +90,8 @@ def main() -> None:
         try:
             answer, frames = _decode(decord, fields, data)
         except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError) as err:
-            send(replies, {"error": (str(err).strip().splitlines() or [type(err).__name__])[-1][:300]})
+            line = (str(err).strip().splitlines() or [type(err).__name__])[-1]
+            send(replies, {"error": _CLOCK.sub("", line)[:300]})
         except (IndexError, MemoryError, ValueError, TypeError) as err:
             send(replies, {"error": f"{type(err).__name__}: {str(err)[:300]}"})
         else:

@@ -123,7 +123,7 @@ class PyAVDecoder:
         self.stats.runs += 1
         found: dict[int, np.ndarray] = {}
         expected: set[int] = set(group)
-        came: set[int] = set()
+        came: dict[int, None] = {}  # in the order in which they came
         try:
             for position in self._positions(start, group):
                 deadline.check()
@@ -144,7 +144,7 @@ class PyAVDecoder:
             ) from err
         finally:
             context.flush_buffers()
-        missing = sorted(expected - came)
+        missing = sorted(expected - came.keys())
         if missing:
             raise DecodeError(
                 f"{label(self.name)}: {len(missing)} frames did not come out of the decoder, "
@@ -165,14 +165,24 @@ class PyAVDecoder:
             return positions.tolist()
         return positions[~left_out].tolist()
 
-    def _keep(self, frames: Iterable[Any], came: set[int], wanted: set[int], found: dict[int, np.ndarray]) -> None:
-        """Convert those of `frames` that are wanted, and note which ones came."""
+    def _keep(
+        self, frames: Iterable[Any], came: dict[int, None], wanted: set[int], found: dict[int, np.ndarray]
+    ) -> None:
+        """Convert those of `frames` that are wanted, and note which ones came. They come as they are to be shown."""
         for frame in frames:
             # Where the container does not order its frames, the order in which they come does.
             index = frame.pts if self.table.ordered else len(came)
             if frame.is_corrupt:
                 raise DecodeError(f"{label(self.name)}: the decoder says that frame {index} is damaged.")
-            came.add(index)
+            if index is None:
+                continue  # hidden, by an edit list
+            last = next(reversed(came), -1)
+            if index <= last:
+                raise DecodeError(
+                    f"{label(self.name)}: the decoder shows frame {index} after frame {last}, so the times in the "
+                    "container, or the pictures, are damaged."
+                )
+            came[index] = None
             if index in wanted and index not in found:
                 found[index] = self._convert(frame, index)
 

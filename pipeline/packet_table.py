@@ -130,11 +130,21 @@ class PacketTable:
         return self.timestamps
 
     def expect(self, info: VideoInfo | None) -> None:
-        """Raise DecodeError where the video no longer has the frames that `info` says it has."""
-        if info is not None and info.num_frames != self.num_frames:
+        """Raise DecodeError where the video no longer has the frames, or the times, that `info` says it has."""
+        if info is None:
+            return
+        if info.num_frames != self.num_frames:
             raise DecodeError(
                 f"{label(self.name)}: has {self.num_frames} frames, but its metadata says {info.num_frames}; "
                 "it is cut, damaged, or described by the metadata of another video."
+            )
+        # A rate alone may be rounded (29.97 to 30); where every time is told, it is to be that frame's.
+        slack = 0.5 / self.fps if info.timestamps else max(0.5 / self.fps, 0.02 * self.duration)
+        apart = np.abs(info.times() - self.times())
+        if apart.max() > slack:
+            raise DecodeError(
+                f"{label(self.name)}: shows frame {apart.argmax()} {apart.max():.3g} s from where its metadata says; "
+                "it is damaged, or described by the metadata of another video."
             )
 
     def first_picture(self, deadline: Deadline) -> Picture:

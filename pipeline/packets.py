@@ -15,12 +15,13 @@ import numpy as np
 from .bitstream import begins_afresh, is_packed, shows_a_frame
 from .errors import DecodeError
 from .packet_table import Deadline, PacketTable, check_size, label, open_codec, reason_of
-from .presentation import NO_TIME, frame_rate, is_ordered, leading_packets, start_packets
-from .truncation import missing_bytes
+from .presentation import NO_TIME, contradiction, frame_rate, is_ordered, leading_packets, start_packets
+from .truncation import broken_at, missing_bytes
 
 # Anything else, above all play lists that name further files or addresses, is refused before it is parsed.
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts"
 MAX_SECONDS = 10 * 24 * 3600
+MAX_REORDER_SECONDS = 10  # between decoding a frame and showing it
 _BUFFER = 1 << 18
 _HEAD = 256  # packets from the first key packet on that are kept in any case
 
@@ -36,6 +37,9 @@ def read_packets(source: BinaryIO, *, name: str, deadline: Deadline, keep: bool 
     lost = missing_bytes(source)
     if lost:
         raise DecodeError(f"{label(name)}: the file is cut: {lost} bytes are missing at its end.")
+    broken = broken_at(source)
+    if broken is not None:
+        raise DecodeError(f"{label(name)}: the container is damaged at byte {broken}, where no element of its kind is.")
     try:
         container = av.open(
             source,
@@ -80,6 +84,7 @@ class _Demuxed:
 
     packets: list[Any] = field(default_factory=list)
     pts: list[int] = field(default_factory=list)
+    ahead: list[int] = field(default_factory=list)  # by how much a packet is shown after it is decoded
     duration: list[int] = field(default_factory=list)
     shown: list[bool] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)
@@ -112,6 +117,8 @@ def _demux(container: Any, stream: Any, name: str, deadline: Deadline, keep: boo
         shown = not packet.is_discard and bool(found.keys) and shows_a_frame(codec, memoryview(packet))
         found.shown.append(shown)
         found.pts.append(NO_TIME if packet.pts is None else packet.pts)
+        if packet.pts is not None and packet.dts is not None:
+            found.ahead.append(packet.pts - packet.dts)
         found.duration.append(packet.duration or 0)
         if keep or not found.keys or count - found.keys[0] < _HEAD:
             found.packets.append(packet)
@@ -125,6 +132,9 @@ def _demux(container: Any, stream: Any, name: str, deadline: Deadline, keep: boo
         raise DecodeError(f"{label(name)}: its video stream is empty.")
     if not found.keys:
         raise DecodeError(f"{label(name)}: no key frame among its {count} packets.")
+    if found.keys[0] and container.format.name == "avi":
+        # Nobody records an AVI from the middle of a stream on: its index, which says what is a key frame, is gone.
+        raise DecodeError(f"{label(name)}: {found.keys[0]} packets come before its first key frame; it is damaged.")
     return found
 
 
@@ -136,9 +146,16 @@ def _table(container: Any, name: str, deadline: Deadline, keep: bool) -> PacketT
     keys = np.array(found.keys, dtype=np.int64)
     shown = np.array(found.shown, dtype=bool)
 
+    if container.format.name == "mpegts":  # the only container in which both times stand with each packet
+        apart = [ahead for ahead in found.ahead if not 0 <= ahead * stream.time_base <= MAX_REORDER_SECONDS]
+        if apart:
+            raise DecodeError(f"{label(name)}: {len(apart)} of its {count} packets carry impossible times; damaged.")
     reorders = stream.codec_context.has_b_frames > 0
     ordered = is_ordered(pts, shown, guessed=container.format.name == "avi" and codec != "mpeg4" and reorders)
     shown_at = np.array(pts if ordered else range(count), dtype=np.int64)
+    wrong = contradiction(codec, shown_at, shown, keys, closed=found.closed_keys) if ordered else ""
+    if wrong:
+        raise DecodeError(f"{label(name)}: the times of its frames are damaged: {wrong}.")
     leading = leading_packets(shown_at, keys) if ordered else np.zeros(count, dtype=bool)
     if leading.any():
         first_gop = np.arange(count) < (keys[1] if len(keys) > 1 else count)

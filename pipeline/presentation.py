@@ -8,6 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 NO_TIME = -(1 << 62)
+# Codecs that show their frames in the order in which they are stored.
+_IN_ORDER = ("vp8", "vp9", "av1", "mjpeg")
 
 
 def is_ordered(pts: list[int], shown: np.ndarray, *, guessed: bool) -> bool:
@@ -24,6 +26,24 @@ def leading_packets(shown_at: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """bool [P]: packets shown before the key packet that they follow. They may need the GOP before it."""
     last_key = np.searchsorted(keys, np.arange(len(shown_at)), side="right") - 1
     return (last_key >= 0) & (shown_at < shown_at[keys[np.maximum(last_key, 0)]])
+
+
+def contradiction(codec: str, shown_at: np.ndarray, shown: np.ndarray, keys: np.ndarray, *, closed: bool) -> str:
+    """What the times say that the codec rules out, "" where nothing: a sign of damage, or of a broken writer.
+
+    Args:
+        shown: bool [P], packets that show a frame.
+        closed: after each of `keys` a decoder has forgotten all that was before.
+    """
+    if codec in _IN_ORDER:
+        back = np.flatnonzero(np.diff(shown_at[shown]) <= 0)
+        return f"the times run backwards after frame {back[0]}" if len(back) else ""
+    if codec == "h264" and closed:
+        if (leading_packets(shown_at, keys) & shown).any():
+            return "frames are to be shown before the key frame that they follow"
+        late = keys[1:][np.maximum.accumulate(shown_at)[keys[1:] - 1] >= shown_at[keys[1:]]]
+        return f"frames before packet {late[0]}, which is a key frame, are to be shown after it" if len(late) else ""
+    return ""
 
 
 def start_packets(shown_at: np.ndarray, keys: np.ndarray, position: np.ndarray) -> np.ndarray:

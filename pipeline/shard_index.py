@@ -14,13 +14,14 @@ import json
 import logging
 import os
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from .atomic import atomic_write
 from .errors import ShardError
+from .sample_table import IndexedSample, SampleTable
 
 VIDEO_EXTENSIONS = ("mp4", "m4v", "mov", "mkv", "webm", "avi", "ts")
 SAFE_EXTENSIONS = (*VIDEO_EXTENSIONS, "json", "txt", "npy")
@@ -30,20 +31,13 @@ BLOCK = 512  # bytes; a tar is a row of such blocks
 log = logging.getLogger(__name__)
 
 
-class IndexedSample(NamedTuple):
-    """One sample: its key and, per extension, the byte offset of the data in the tar and its size."""
-
-    key: str
-    members: dict[str, tuple[int, int]]
-
-
 @dataclass(frozen=True)
 class ShardIndex:
     """What is in one tar. `sha256` is known where we wrote the tar; `note` is the writer's own remark."""
 
     name: str
     num_bytes: int
-    samples: tuple[IndexedSample, ...]
+    samples: Sequence[IndexedSample]
     problems: tuple[str, ...] = ()
     sha256: str | None = None
     note: Mapping[str, Any] = field(default_factory=dict)
@@ -61,7 +55,10 @@ class ShardIndex:
             content["problems"] = list(self.problems)
         if self.note:
             content["note"] = dict(self.note)
-        return json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+        text = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+        return (
+            text.encode("utf-8", "surrogatepass") + b"\n"
+        )  # names that are no UTF-8 stand there as tarfile reads them
 
     @staticmethod
     def from_bytes(data: bytes, name: str) -> ShardIndex:
@@ -75,25 +72,28 @@ class ShardIndex:
                     f"update framestream or delete the index to have it built again"
                 )
             num_bytes = int(content["bytes"])
-            samples = []
-            for key, members in content["samples"]:
-                places = {str(ext): (int(offset), int(size)) for ext, (offset, size) in members.items()}
-                if any(offset < BLOCK or size < 0 or offset + size > num_bytes for offset, size in places.values()):
-                    raise ValueError(f"sample {key!r} lies outside of the tar")
-                samples.append(IndexedSample(str(key), places))
             return ShardIndex(
                 str(content["shard"]),
                 num_bytes,
-                tuple(samples),
+                SampleTable(_placed(content["samples"], num_bytes)),
                 tuple(map(str, content.get("problems", ()))),
                 content.get("sha256"),
                 dict(content.get("note", {})),
             )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as err:
             raise ShardError(
                 f"the index {name} is damaged ({err}): delete it to have it built again, or run "
                 f"`framestream verify --repair-index`"
             ) from err
+
+
+def _placed(samples: Any, num_bytes: int) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """The samples that an index file lists. Raises ValueError and its like where they cannot be."""
+    for key, members in samples:
+        places = {str(ext): (int(offset), int(size)) for ext, (offset, size) in members.items()}
+        if any(offset < BLOCK or size < 0 or offset + size > num_bytes for offset, size in places.values()):
+            raise ValueError(f"sample {key!r} lies outside of the tar")
+        yield str(key), places
 
 
 def video_member(members: Mapping[str, Any]) -> str | None:
@@ -145,24 +145,31 @@ class _Walk:
         self.problems: list[str] = []
         self.last_key: str | None = None
         self.half: set[str] = set()
+        self.left_out: list[str] = []
 
     def run(self, file: BinaryIO) -> ShardIndex:
         size = os.fstat(file.fileno()).st_size
         end, fault = self._headers(file, size)
         file.seek(end)
-        tail = file.read(128 * BLOCK)
+        tail = file.read(2 * BLOCK)
         ended = len(tail) >= BLOCK and not any(tail[:BLOCK])
         if not ended or len(tail) < 2 * BLOCK:
             if fault is None and len(tail) >= BLOCK and not ended:
                 fault = f"has a damaged header at byte {end}"
             fault = fault or f"is cut at byte {size} (its end marker is missing)"
             if not ended:
-                self._suspect_last()
-        elif any(tail):
+                self._suspect_last(more_follows="damaged header" in fault)
+        elif any(tail) or _goes_on(file):
+            self._suspect_last(more_follows=any(tail))  # an end marker has two blocks, a zeroed header may be one
             self.problems.append(f"{self.name} goes on behind its end marker at byte {end}; that part is not read")
         if fault:
             lost = len(self.promised.keys() - self.samples.keys())
             self.problems.insert(0, f"{self.name} {fault}" + (f"; {lost} samples behind it are lost" if lost else ""))
+        if self.left_out:
+            self.problems.append(
+                f"{self.name}: {len(self.left_out)} members are links or sparse, {self.left_out[0]!r} first; plain "
+                "files alone are read: pack it again, e.g. with tar --dereference --hard-dereference"
+            )
         for key in sorted(self.half):
             self.problems.append(f"{self.name}: sample {key!r} is not whole and is left out")
         samples = []
@@ -175,7 +182,7 @@ class _Walk:
                 samples.append(IndexedSample(key, members))
         if not samples:
             self.problems.append(f"{self.name} holds no usable sample")
-        return ShardIndex(self.name, size, tuple(samples), tuple(self.problems))
+        return ShardIndex(self.name, size, SampleTable(samples), tuple(self.problems))
 
     def _headers(self, file: BinaryIO, size: int) -> tuple[int, str | None]:
         """Read all headers; return where the last whole member ends and what stopped the walk, if anything did."""
@@ -186,7 +193,9 @@ class _Walk:
                     tar.members.clear()  # type: ignore[attr-defined]  # otherwise it keeps every header of a large tar
                     if tar.offset <= end or info.size < 0:
                         return end, f"has a damaged header at byte {end}"
-                    if info.offset_data + info.size > size:
+                    # The size of a link is that of its target, the size of a sparse member that with its holes.
+                    stored = info.size if info.isreg() and not info.issparse() else 0
+                    if info.offset_data + stored > size:
                         self._add(info, whole=False)
                         return end, f"is cut at byte {size}"
                     self._add(info, whole=True)
@@ -200,9 +209,18 @@ class _Walk:
 
     def _add(self, info: tarfile.TarInfo, *, whole: bool) -> None:
         parts = split_name(info.name)
-        if parts is None or not info.isreg() or info.issparse():
-            return  # folders, links and files that can belong to no sample
+        if "\0" in info.name:
+            self.problems.append(
+                f"{self.name}: a member is called {info.name[:80]!r}, which is damaged, and is left out"
+            )
+            return
+        if parts is None or info.isdir():
+            return  # can belong to no sample
         key, ext = parts
+        if not info.isreg() or info.issparse():
+            if ext.rpartition(".")[2] in SAFE_EXTENSIONS:
+                self.left_out.append(info.name)
+            return
         self.last_key = key
         if not whole:
             self.half.add(key)
@@ -214,15 +232,27 @@ class _Walk:
             else:
                 members[ext] = (info.offset_data, info.size)
 
-    def _suspect_last(self) -> None:
-        """A tar that stops between two members may have lost the rest of its last sample."""
+    def _suspect_last(self, *, more_follows: bool) -> None:
+        """A tar that stops between two members may have lost the rest of its last sample.
+
+        `more_follows`: a member did follow whose header is damaged, so it might have had the same key.
+        """
         key = self.last_key
         if key is None or key in self.half or key not in self.samples:
             return
         others = [set(m) for k, m in self.samples.items() if k != key]
         expected = set(self.promised[key]) if key in self.promised else set().union(*others)
-        if not expected <= set(self.samples[key]):
+        unknown = more_follows and not expected
+        if unknown or not expected <= set(self.samples[key]):
             self.half.add(key)
+
+
+def _goes_on(file: BinaryIO) -> bool:
+    """Whether anything but zeros follows."""
+    while chunk := file.read(1 << 20):
+        if any(chunk):
+            return True
+    return False
 
 
 def load_index(path: str | Path, cache_dir: Path) -> ShardIndex:

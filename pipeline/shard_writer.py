@@ -133,7 +133,7 @@ def read_folder_index(data: bytes, name: str) -> dict[str, dict[str, Any]]:
             raise ShardError(
                 f"{name} has format version {content['version']!r}, this framestream reads {INDEX_VERSION}: update it"
             )
-        return {
+        listed: dict[str, dict[str, Any]] = {
             str(entry["name"]): {
                 "samples": int(entry["samples"]),
                 "bytes": int(entry["bytes"]),
@@ -141,7 +141,10 @@ def read_folder_index(data: bytes, name: str) -> dict[str, dict[str, Any]]:
             }
             for entry in content["shards"]
         }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        if any(shard["samples"] < 0 for shard in listed.values()):
+            raise ValueError("a shard has fewer than 0 samples")
+        return listed
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as err:
         raise ShardError(f"{name} is damaged ({err!r}): run `framestream verify --repair-index`") from err
 
 
@@ -223,10 +226,16 @@ class ShardWriter:
 
 
 def sample_members(video: bytes, ext: str, meta: Mapping[str, Any], text: str | None) -> dict[str, bytes]:
-    """The members of one sample, by extension. Raises ConfigError when `ext` is no video extension."""
+    """The members of one sample, by extension; the metadata gets the video's `sha256` where it has none.
+
+    Raises:
+        ConfigError: `ext` is no video extension.
+    """
     ext = ext.lower().lstrip(".")
     if ext not in VIDEO_EXTENSIONS:
         raise ConfigError(f"{ext!r} is no video extension; known are {', '.join(VIDEO_EXTENSIONS)}")
+    if "sha256" not in meta:
+        meta = {**meta, "sha256": hashlib.sha256(video).hexdigest()}
     members = {ext: bytes(video), "json": to_json(meta)}
     if text is not None:
         members["txt"] = text.encode("utf-8", "replace")

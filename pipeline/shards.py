@@ -40,7 +40,7 @@ from .tar_member import read_member
 __all__ = ["SAFE_EXTENSIONS", "VIDEO_EXTENSIONS", "RawSample", "ShardSet", "ShardWriter", "sample_from_members"]
 
 MAX_HANDLES = 32  # open local shards per process
-MAX_INDEXED_SAMPLES = 200_000  # samples whose places are kept in memory per process
+MAX_INDEXED_SAMPLES = 50_000  # samples whose places are kept in memory per process
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class _Process:
         self.lock = threading.Lock()
         self.handles: OrderedDict[int, _Handle] = OrderedDict()
         self.indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+        self.indexed = 0  # samples in them
 
 
 class ShardSet:
@@ -259,11 +260,14 @@ class ShardSet:
                     f"it was opened: open the set again, or run `framestream verify` on its folder"
                 )
         with mine.lock:
-            index = mine.indexes.setdefault(shard, index)
+            if shard not in mine.indexes:
+                mine.indexes[shard] = index
+                mine.indexed += len(index.samples)
             mine.indexes.move_to_end(shard)
-            while len(mine.indexes) > 1 and sum(len(i.samples) for i in mine.indexes.values()) > MAX_INDEXED_SAMPLES:
-                mine.indexes.popitem(last=False)
-            return index
+            while len(mine.indexes) > 1 and mine.indexed > MAX_INDEXED_SAMPLES:
+                _, dropped = mine.indexes.popitem(last=False)
+                mine.indexed -= len(dropped.samples)
+            return mine.indexes[shard]
 
 
 def _open_local(path: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -90,7 +89,6 @@ def make_clip(task: ClipTask) -> MadeClip:
     info = probe_video(video, name=name)
     meta = {
         **info.to_json(),
-        "sha256": hashlib.sha256(video).hexdigest(),
         "source": clip.source.source,
         "clip_start": clip.start,
         "clip_end": clip.end,
