@@ -64,6 +64,7 @@ class ClipLoader:
         self._running: weakref.ref[Generator[dict[str, Any], None, None]] | None = None
         self._counts = WorkerCounts()
         self._pool: list[WorkerPool] = []  # one, once a loop with workers has begun
+        self._pool_owner = os.getpid()
         weakref.finalize(self, _stop_workers, self._pool, os.getpid())
 
     @property
@@ -150,13 +151,13 @@ class ClipLoader:
     def close(self) -> None:
         """Stop worker processes and threads. The loader stays usable and starts new ones when it needs them."""
         self._leave()
-        _stop_workers(self._pool, os.getpid())
+        _stop_workers(self._pool, self._pool_owner)
         for prefetch in self._prefetch:
             prefetch.close()
 
     def _leave(self) -> None:
         loop = None if self._running is None else self._running()
-        if loop is not None:
+        if loop is not None and not loop.gi_running:  # it runs where a signal handler closes the loader
             loop.close()
 
     def _epoch_batches(self, progress: Progress) -> Generator[dict[str, Any], None, None]:
@@ -200,6 +201,9 @@ class ClipLoader:
         `Planned` batch that is to be decoded here."""
         if not self._num_workers:
             return map(self._maker, self._rows)
+        if self._pool_owner != os.getpid():  # a fork has the sockets of its parent's workers, and must not use them
+            self._pool.clear()
+            self._pool_owner = os.getpid()
         if not self._pool:
             self._pool.append(
                 WorkerPool(
@@ -207,7 +211,7 @@ class ClipLoader:
                     self._num_workers,
                     prefetch=self._prefetch_factor,
                     context=self._start_method,
-                    on_death=Coroner(self._maker.source.limit_s),
+                    on_death=Coroner(self._maker.source.limit_s, self._num_workers),
                     counts=self._counts,
                 )
             )

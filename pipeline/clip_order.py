@@ -41,6 +41,8 @@ class ClipOrder:
             raise ConfigError("epoch_samples is for mixtures; an epoch of one dataset is each of its samples once.")
         self.orders, self.seed, self.schedule = tuple(orders), seed, schedule
         self._total = epoch_samples or sum(map(len, orders))
+        if schedule is not None:
+            schedule.counts(0)  # found here once, and not in every worker
 
     def __len__(self) -> int:
         """Samples of an epoch."""

@@ -155,7 +155,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
     Args:
         shards: folder, tar, list, glob, brace pattern, URL, or a `ShardSet`.
-        sampling, image_size, crop, decoder, random_end, transform, fields, timeout_s: as in `ClipTransform`.
+        sampling, image_size, crop, decoder, random_end, transform, fields, timeout_s, checksums: as in `ClipTransform`.
         seed: seed of the random choices and spares.
         storage_options: for remote shards, handed to fsspec.
         cache_dir, cache_bytes: where remote shards and their indexes are kept, and how many bytes of shards.
@@ -181,6 +181,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         cache_dir: str | Path | None = None,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         timeout_s: float = 30.0,
+        checksums: bool = True,
     ) -> None:
         clip_transform = ClipTransform(
             sampling,
@@ -192,6 +193,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
             seed=seed,
             fields=fields,
             timeout_s=timeout_s,
+            checksums=checksums,
         )
         opened = ShardSet.open(shards, storage_options=storage_options, cache_dir=cache_dir, cache_bytes=cache_bytes)
         order = ClipOrder([SampleOrder(opened.sizes, seed=seed, shuffle=False)], seed)

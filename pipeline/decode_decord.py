@@ -118,7 +118,7 @@ def refusal_on_gpu(table: PacketTable, picture: Picture) -> str:
 
 
 class DecordGPUDecoder(CheckedDecoder):
-    """Decord with CUDA, see `Decoder`: for the process that trains, never for DataLoader workers.
+    """Decord with CUDA, see `Decoder`: for the process that trains, never for its workers.
 
     Cannot be interrupted, and does not notice damage that the hardware conceals.
     """

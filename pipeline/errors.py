@@ -1,6 +1,6 @@
 """What can go wrong, by what the reader of the message has to do about it.
 
-Every error takes one finished sentence, so that it survives pickling on its way out of a DataLoader worker.
+Every error takes one finished sentence, so that it survives pickling on its way out of a worker process.
 """
 
 from __future__ import annotations

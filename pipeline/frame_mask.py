@@ -2,7 +2,7 @@
 
 Every other form (dense, FlexAttention's `BlockMask`, key ranges, a picture) follows from it. `FrameMask` therefore
 holds no tensor: it is one bitset per query frame, frozen and hashable, a few hundred bytes on its way out of a
-DataLoader worker, and the heavy forms are cached per mask on the side that uses them. True = may attend.
+worker process, and the heavy forms are cached per mask on the side that uses them. True = may attend.
 """
 
 from __future__ import annotations

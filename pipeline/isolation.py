@@ -1,6 +1,6 @@
 """One helper process per process, started when first needed, replaced when it dies or does not answer.
 
-Made for `subprocess`, because DataLoader workers are daemons and may not have children through `multiprocessing`.
+Made for `subprocess`, because worker processes are daemons and may not have children through `multiprocessing`.
 """
 
 from __future__ import annotations

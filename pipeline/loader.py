@@ -27,6 +27,9 @@ from .shard_paths import ShardsArgument
 from .shards import ShardSet
 from .transforms import ClipTransform, Crop, FrameHook
 
+#: Requests that a worker may have in hand; they have to fit into the buffer of its socket.
+MAX_PREFETCH = 64
+
 DecodeOn = Literal["auto", "workers", "trainer"]
 
 
@@ -80,8 +83,8 @@ def build_loader(
         image_size, crop, random_end, transform, fields, timeout_s, checksums: see `ClipTransform`.
         mask, window_size, position_ids, normalize, block_mask: see `ClipCollator`.
         num_workers: worker processes; 0 works in the training process. Workers live from the first loop to
-            `close()`, and the stream does not depend on their number. One that dies, or works on a clip for longer
-            than 3 x `timeout_s`, is replaced and costs that clip.
+            `close()`, and the stream does not depend on their number. One that dies of a clip, or is not done with
+            planning and decoding it within 3 x `timeout_s`, is replaced and costs that clip.
         seed: seed of order, spares and random choices.
         shuffle: False gives the stored order.
         window_shards: shards whose samples are mixed with each other, see `SampleOrder`.
@@ -115,6 +118,10 @@ def build_loader(
     _check_count("batch_size", batch_size, 1)
     _check_count("num_workers", num_workers, 0)
     _check_count("prefetch_factor", prefetch_factor, 1)
+    if prefetch_factor > MAX_PREFETCH:
+        raise ConfigError(
+            f"prefetch_factor is {prefetch_factor}, at most {MAX_PREFETCH} make sense: each is a batch in memory."
+        )
     _check_count("window_shards", window_shards, 1)
     _check_count("cache_bytes", cache_bytes, 1)
     if epoch_samples is not None:

@@ -78,6 +78,8 @@ def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
     lost = sorted(range(len(whole)), key=lambda i: rounded[i] - Fraction(whole[i] * MAX_PERIOD, total))
     for i in lost[: max(0, MAX_PERIOD - sum(rounded))]:
         rounded[i] += 1
+    # And what the smallest were raised by is taken from the largest.
+    rounded[rounded.index(max(rounded))] -= max(0, sum(rounded) - MAX_PERIOD)
     return tuple(rounded)
 
 

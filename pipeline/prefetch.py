@@ -52,8 +52,9 @@ class ReadAhead(Generic[Item]):
             yield item  # type: ignore[misc]
 
     def close(self) -> None:
-        """Stop the thread and wait for it."""
-        self._finalizer()
+        """Stop the thread and wait for it; called again after an interrupt, wait again."""
+        self._finalizer.detach()
+        _finish(self._shared, self._thread)
 
 
 def _work(source: Iterable[Item], shared: _Shared[Item]) -> None:

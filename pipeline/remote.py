@@ -40,6 +40,21 @@ def disk_full(err: BaseException) -> bool:
     return isinstance(err, OSError) and err.errno in _FULL
 
 
+# fsspec's own caches keep what they know as pickles in some versions, and references are templates that it renders.
+_REFUSED = ("filecache", "blockcache", "simplecache", "reference")
+
+
+def _refuse(url: str) -> None:
+    """Raise ConfigError for protocols by which a URL or its options could make something run."""
+    for part in url.split("::"):
+        protocol = part.partition("://")[0]
+        if protocol in _REFUSED:
+            raise ConfigError(
+                f"{url}: fsspec's {protocol} may run what its files or options hold, and is not used; name the storage "
+                "itself, the loader has a cache of its own (cache_dir)."
+            )
+
+
 @dataclass(frozen=True)
 class Remote:
     """Settings for remote storage: cheap to pickle, safe under fork and spawn.
@@ -68,6 +83,7 @@ class Remote:
         """The fsspec file system of `url` and the path in it. Raises ConfigError for an unknown or missing one."""
         import fsspec
 
+        _refuse(url)
         options = dict(self.storage_options)
         protocol = url.partition("://")[0]
         is_s3 = protocol in ("s3", "s3a")

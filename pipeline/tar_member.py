@@ -11,7 +11,10 @@ from .shard_index import BLOCK, split_name
 
 def read_member(descriptor: int, path: str, key: str, ext: str, offset: int, size: int) -> bytes:
     """Read a member with the header in front of it, which proves that the index still speaks of this tar."""
-    data = _pread(descriptor, offset - BLOCK, BLOCK + size)
+    try:
+        data = _pread(descriptor, offset - BLOCK, BLOCK + size)
+    except OSError as err:
+        raise SampleError(f"sample {key!r} of {path}: its .{ext} cannot be read ({err.strerror or err})") from err
     if len(data) < BLOCK + size:
         raise SampleError(f"sample {key!r} of {path}: the shard ends inside its .{ext}, it was cut after indexing")
     try:

@@ -2,7 +2,7 @@
 
 The work has two halves. `ClipTransform.request` is cheap and needs no pixels: it draws the current moment, plans
 the frames and reads the small members. `ClipTransform.clip` is the expensive half: it decodes and transforms.
-DataLoader workers run both; with a GPU decoder they run the first and hand the request to the training process.
+Worker processes run both; with a GPU decoder they run the first and hand the request to the training process.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class ClipTransform:
         sampling: which frames; an object, or a mapping as `make_sampling` takes it.
         image_size: S. The short side is resized to it, then the frame is cropped to a square.
         crop: "center", or "random" (drawn once per clip).
-        decoder: a backend name, or "auto" for the best one that may run in a DataLoader worker.
+        decoder: a backend name, or "auto" for the best one that may run in a worker process.
         random_end: draw the current moment, evenly from the first one at which no frame of the plan is missing
             up to the end of the clip. Clips too short for that end where they end.
         transform: `hook(frames, generator) -> frames` on uint8 `[U, 3, S, S]`, the distinct frames of the clip
@@ -127,7 +127,8 @@ class ClipTransform:
             raise ConfigError(f"crop is {crop!r}; valid values are {', '.join(CROPS)}.")
         if transform is not None and not callable(transform):
             raise ConfigError(f"transform is {transform!r}; it must be callable as transform(frames, generator).")
-        if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
+        seconds = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)
+        if not seconds or not 0 < timeout_s < float("inf"):
             raise ConfigError(f"timeout_s is {timeout_s!r}; it must be a positive number of seconds.")
         self.sampling = make_sampling(sampling)
         self.image_size, self.crop = image_size, crop

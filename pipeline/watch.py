@@ -15,7 +15,7 @@ class Place(NamedTuple):
     sample: int
 
 
-_NOBODY = (-1, -1, -1, 0)
+_NOWHERE = (-1, -1, -1, 0)  # place and limit
 
 
 class Watch:
@@ -25,11 +25,15 @@ class Watch:
     """
 
     def __init__(self, context: BaseContext) -> None:
-        self._cells: Any = context.RawArray("q", _NOBODY)
+        self._cells: Any = context.RawArray("q", (*_NOWHERE, -1))
+
+    def take(self, ticket: int) -> None:
+        """The worker takes up a request."""
+        self._cells[4] = ticket
 
     def begin(self, place: Place) -> None:
         """The worker takes up a sample."""
-        self._cells[:] = (*place, 0)
+        self._cells[:4] = (*place, 0)
 
     def limit(self, seconds: float) -> None:
         """The worker promises to be done with the sample within so many seconds."""
@@ -37,12 +41,16 @@ class Watch:
 
     def end(self) -> None:
         """The worker is done with the sample."""
-        self._cells[:] = _NOBODY
+        self._cells[:4] = _NOWHERE
 
     def place(self) -> Place | None:
         """The sample that the worker is at, or was at when it died."""
-        part, shard, sample, _ = self._cells[:]
+        part, shard, sample = self._cells[:3]
         return None if part < 0 else Place(part, shard, sample)
+
+    def ticket(self) -> int:
+        """The request that the worker took up last."""
+        return int(self._cells[4])
 
     def overrun(self) -> int | None:
         """The limit that the worker has overrun, as a number by which it can be told from others; else None."""

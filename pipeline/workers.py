@@ -3,7 +3,7 @@
 Why not the worker processes of `torch.utils.data.DataLoader`: there, a worker that a broken video kills ends the run,
 by an error that comes out of a signal handler wherever the training code is just then, and a worker that hangs stops
 it for ever. Here a worker that dies or overruns its time is replaced, what it had in hand is done again, and whoever
-gave the work is told which sample it was at. Requests also go to whichever worker has least to do, not in turn.
+gave the work is told which sample it was at. A new request goes to the worker that has fewest in hand, not in turn.
 
 Nothing is shared that a death could leave locked: each worker has a socket of its own, and what it has sent can be
 used after it is gone.
@@ -65,14 +65,14 @@ class Death(NamedTuple):
         how: by what signal or exit status.
         hung: it was ended here, because it overran its limit.
         in_a_row: deaths since the last result, this one included.
-        ticket: number of the request that it had in hand; the same when that is given again.
+        ticket: number of the request that it took up last; the same when that is given again.
     """
 
     place: Place | None
     how: str
     hung: bool
     in_a_row: int
-    ticket: int | None
+    ticket: int
 
 
 class WorkerTraceback(Exception):
@@ -201,7 +201,10 @@ class WorkerPool:
         self._context: BaseContext = multiprocessing.get_context(context)
         self._most = count * prefetch
         self._oldest: Any = self._context.RawValue("q", 0)  # type: ignore[attr-defined]  # older ones: a loop that was left
+        self._owner = os.getpid()
         self._next = 0  # ticket
+        self._loops = 0  # begun; only the latest one may go on
+        self._lock = threading.RLock()
         self._numbers = itertools.count()
         self._workers = [self._start() for _ in range(count)]
         self._in_a_row = 0
@@ -212,40 +215,51 @@ class WorkerPool:
         Raises:
             Exception: what `work` raised in a worker, at its place, with the worker's traceback as its cause.
         """
-        at = end = self._next  # tickets of this loop: taken up to `at`, given up to `end`
-        self._oldest.value = at  # what a loop that was left still has under way is nobody's any more
-        for worker in self._workers:
-            worker.given.clear()
-        waiting = iter(requests)
-        done: dict[int, Any] = {}
+        self._loops += 1
+        loop, waiting, done = self._loops, iter(requests), {}  # type: ignore[var-annotated]
+        with self._lock:  # a loop before this one may still be waiting in another thread, for a second at most
+            at = end = self._next  # tickets of this loop: taken up to `at`, given up to `end`
+            self._oldest.value = at  # what the loop before still has under way is nobody's any more
+            self._in_a_row = 0
+            for worker in self._workers:
+                worker.given.clear()
         try:
             while True:
-                while end - at < self._most and (request := next(waiting, None)) is not None:
-                    self._next = end = end + 1
-                    self._give(end - 1, request)
-                if at == end:
-                    return
-                while at not in done:
-                    self._take(done)
-                result = done.pop(at)
+                with self._lock:
+                    if loop != self._loops:
+                        return
+                    while end - at < self._most and (request := next(waiting, None)) is not None:
+                        self._next = end = end + 1
+                        self._give(end - 1, request)
+                    if at == end:
+                        return
+                    if at not in done:
+                        self._take(done)
+                        continue
+                    result = done.pop(at)
                 if isinstance(result, _Raised):
                     result.throw()
                 at += 1
                 yield result
         finally:  # which may come late, when the next loop has begun already
-            self._oldest.value = max(self._oldest.value, end)
+            if os.getpid() == self._owner:  # or in a fork, which must not speak for its parent
+                self._oldest.value = max(self._oldest.value, end)
 
     def close(self) -> None:
-        """End the workers: those at rest leave by themselves, those at work are killed, which costs nothing."""
-        for worker in self._workers:
+        """End the workers: those at rest leave by themselves, those at work are killed, which costs nothing.
+
+        A loop ends with it. May be called from a signal handler, whatever the process is at.
+        """
+        self._loops += 1
+        workers, self._workers = self._workers, []
+        for worker in workers:
             with suppress(OSError):
                 worker.channel.shutdown(socket.SHUT_WR)
         until = time.monotonic() + _LEAVE_S
-        for worker in self._workers:
+        for worker in workers:
             worker.process.join(max(0.0, until - time.monotonic()))
-        for worker in self._workers:
+        for worker in workers:
             worker.end()
-        self._workers.clear()
 
     def _start(self) -> _Worker:
         return _Worker(self._work, self._context, self._oldest, next(self._numbers))
@@ -258,7 +272,7 @@ class WorkerPool:
         for worker in [other for other in self._workers if other.lost]:  # an interrupt or an error came in between
             self._replace(worker, hung=False)
         with selectors.DefaultSelector() as selector:
-            for worker in self._workers:
+            for worker in list(self._workers):
                 selector.register(worker.channel, selectors.EVENT_READ, (worker, True))
                 selector.register(worker.process.sentinel, selectors.EVENT_READ, (worker, False))
             events = [key.data for key, _ in selector.select(_CHECK_S)]
@@ -288,12 +302,15 @@ class WorkerPool:
         return True
 
     def _replace(self, worker: _Worker, *, hung: bool) -> None:
+        if worker not in self._workers:
+            return  # the pool was closed in the meantime
         place = worker.watch.place()
         how = worker.end()
         self.counts.restarts += 1
         self._in_a_row += 1
-        fact = self._on_death(Death(place, how, hung, self._in_a_row, min(worker.given, default=None)))
+        fact = self._on_death(Death(place, how, hung, self._in_a_row, worker.watch.ticket()))
         if fact is not None:
+            self._in_a_row -= 1  # it has brought us forward
             self._work.learn(fact)  # what workers start with from now on
             for other in self._workers:
                 if other is not worker:
@@ -311,7 +328,9 @@ def _serve(work: Work, channel: socket.socket, watch: Watch, oldest: Any, parent
     leave_with_parent(parent)
     gc.freeze()  # what a fork has left here is no garbage, and looking through it would copy all of its pages
     torch.set_num_threads(1)
-    seed = torch.initial_seed() + number  # for hooks that ignore their generator: they should differ by worker
+    seed = (torch.initial_seed() + number) & (
+        (1 << 63) - 1
+    )  # for hooks that ignore their generator: they should differ by worker
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % (1 << 32))
@@ -327,6 +346,7 @@ def _serve(work: Work, channel: socket.socket, watch: Watch, oldest: Any, parent
         if ticket is None:
             work.learn(request)
             continue
+        watch.take(ticket)
         started = time.perf_counter()
         try:
             result = work(request) if ticket >= oldest.value else None

@@ -89,8 +89,9 @@ def ddp(shards: Path, options: dict[str, Any]) -> dict[str, Any]:
                 optimizer.step()
                 steps.append([loss.item(), hashlib.sha256(gradients.numpy().tobytes()).hexdigest(), batch["keys"]])
                 if name == "whole" and (epoch, number) == (1, 1):
-                    torch.save({"module": module.state_dict(), "optimizer": optimizer.state_dict()}, shards / "ddp.pt")
-                    saved = torch.load(shards / "ddp.pt") | {"loader": json.dumps(loader.state_dict())}
+                    path = shards / f"ddp-{dist.get_rank()}.pt"
+                    torch.save({"module": module.state_dict(), "optimizer": optimizer.state_dict()}, path)
+                    saved = torch.load(path) | {"loader": json.dumps(loader.state_dict())}
         weights = torch.cat([p.detach().flatten() for p in module.parameters()])
         runs[name] = {"steps": steps, "weights": hashlib.sha256(weights.numpy().tobytes()).hexdigest()}
     return runs

@@ -233,6 +233,8 @@ def test_a_vanished_shard_is_an_error_and_no_reject(tmp_path: Path) -> None:
         ({"batch_size": 0}, "batch_size is 0; it must be a whole number of at least 1"),
         ({"batch_size": 14}, r"batch_size=14 on 1 rank\(s\) needs 14 samples, but there are 13.*drop_last=False"),
         ({"batch_size": 7, "rank": 0, "world_size": 2}, r"on 2 rank\(s\) needs 14"),
+        ({"prefetch_factor": 65}, "prefetch_factor is 65, at most 64"),
+        ({"timeout_s": float("inf")}, "timeout_s is inf"),
         ({"num_workers": -1}, "num_workers is -1"),
         ({"seed": "x"}, "seed is 'x'; it must be a whole number"),
         ({"prefetch_factor": 0}, "prefetch_factor is 0"),

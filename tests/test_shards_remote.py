@@ -391,6 +391,9 @@ def test_impossible_settings(tmp_path: Path) -> None:
             Remote(**settings)
     with pytest.raises(ConfigError, match="nosuch"):
         ShardSet.open("nosuch://x/{0..3}.tar")
+    for url in ("filecache::http://x/a.tar", "simplecache::s3://x/{0..3}.tar", "reference://x/*.tar"):
+        with pytest.raises(ConfigError, match="may run what its files or options hold"):
+            ShardSet.open(url)
 
 
 def test_options_of_the_user_win() -> None:

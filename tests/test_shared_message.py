@@ -52,6 +52,31 @@ def test_views_strides_gradients_and_repeats() -> None:
     assert got[3] is got[4]
 
 
+def test_large_tensors_of_all_kinds_and_more_than_fit_into_a_message() -> None:
+    for dtype in DTYPES:
+        tensor = torch.randint(0, 2, (3, 70_000)).to(dtype)
+        assert torch.equal(through([tensor])[0], tensor)
+        assert torch.equal(through([tensor[:, ::2]])[0], tensor[:, ::2])
+    many = [torch.full((70_000,), number, dtype=torch.uint8) for number in range(210)]
+    assert [int(tensor[-1]) for tensor in through(many)] == list(range(210))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="mappings are counted in /proc")
+def test_a_small_tensor_that_is_kept_keeps_nothing_else() -> None:
+    def mapped() -> int:
+        with open("/proc/self/maps") as file:
+            return sum("framestream" in line for line in file)
+
+    kept = []
+    for _ in range(5):
+        got = through({"frames": torch.zeros(1 << 20), "ids": torch.zeros(1 << 15), "valid": torch.ones(8)})
+        kept += [got["valid"], got["ids"]]
+        del got
+    assert mapped() == 5  # of the medium ones alone
+    del kept
+    assert mapped() == 0
+
+
 def test_received_tensors_can_be_written_to_and_outlive_everything() -> None:
     got = through({"large": torch.zeros(3, 1 << 20, dtype=torch.uint8)})["large"]
     got += 7

@@ -89,10 +89,10 @@ def always_killed(frames: torch.Tensor, generator: torch.Generator) -> torch.Ten
         (crashes, {"num_workers": 1, "batch_size": 1, "prefetch_factor": 3}, "died of it (SIGSEGV)", 2),
         (crashes, {"multiprocessing_context": "spawn", "num_workers": 1}, "died of it (SIGSEGV)", 2),
         (leaves, {}, "died of it (exit status 3)", 2),
-        (is_killed, {}, "died of it (SIGKILL)", 4),  # the first time might have been somebody else's doing
+        (is_killed, {}, "died of it (SIGKILL)", 6),  # twice it might have been somebody else's doing
         (hangs, {"timeout_s": 0.5}, "did not get done with it in 1.5 s", 2),
     ],
-    ids=str,
+    ids=["crash", "crash of one worker", "crash of a spawned worker", "exit", "kill", "hang"],
 )
 def test_a_sample_that_ends_its_worker_is_a_reject(
     shards: Path, tmp_path: Path, hook: Any, options: dict[str, Any], said: str, restarts: int
@@ -169,6 +169,58 @@ def test_only_samples_that_kill(shards: Path) -> None:
 
 def always_leaves(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     os._exit(5)
+
+
+def test_many_workers_killed_at_once_cost_nothing(shards: Path) -> None:
+    expected = stream(loader_of(shards, num_workers=0, batch_size=1))
+    loader = loader_of(shards, num_workers=6, batch_size=1)
+    loop = iter(loader)
+    rows = [next(loop)]
+    for _ in range(2):
+        for process in multiprocessing.active_children():
+            if process.name.startswith("framestream-worker"):
+                os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+        rows.append(next(loop))
+    assert stream([*rows, *loop]) == expected
+    assert loader.stats()["rejects"] == 0
+    loader.close()
+
+
+def test_a_forked_child_has_workers_of_its_own(shards: Path) -> None:
+    expected = keys(loader_of(shards, num_workers=0))
+    loader = loader_of(shards, num_workers=1)
+    loop = iter(loader)
+    first = next(loop)["keys"]
+    child = os.fork()
+    if not child:
+        loader.load_state_dict({**loader.state_dict(), "epoch": 0, "consumed": 0})
+        os._exit(0 if keys(loader) == expected else 1)
+    assert [first, *(batch["keys"] for batch in loop)] == expected
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    loader.close()
+
+
+CLOSED_BY_SIGNAL = """
+import os, signal, sys, threading
+sys.path.insert(0, {tests!r})
+from test_workers import hangs, loader_of
+
+loader = loader_of({shards!r}, hangs, batch_size=1, num_workers=1)
+signal.signal(signal.SIGTERM, lambda *_: loader.close())
+seen = 0
+for batch in loader:  # comes to the clip that never ends
+    if not seen:
+        threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    seen += 1
+print(seen)
+"""
+
+
+def test_a_signal_handler_may_close_the_loader_in_mid_batch(shards: Path) -> None:
+    script = CLOSED_BY_SIGNAL.format(tests=str(TESTS), shards=str(shards))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert 1 <= int(done.stdout) < 14
 
 
 ORPHANS = """
@@ -305,6 +357,23 @@ def test_a_loop_whose_end_comes_late_does_not_end_the_next_one(pool: WorkerPool)
     assert [int(result) for result in following] == [number**2 for number in range(21, 50)]
 
 
+def test_a_loop_in_another_thread_gives_way_to_a_new_one(pool: WorkerPool) -> None:
+    """As when a second interrupt comes while the thread of the first loop is being waited for."""
+    ended = threading.Event()
+
+    def consume() -> None:
+        for _ in pool.run(iter(lambda: 30, None)):
+            time.sleep(0.01)
+        ended.set()
+
+    thread = threading.Thread(target=consume)
+    thread.start()
+    time.sleep(0.2)
+    assert [int(result) for result in pool.run(range(20, 60))] == [number**2 for number in range(20, 60)]
+    assert ended.wait(30)
+    thread.join()
+
+
 def test_an_interrupt_at_any_moment_leaves_the_pool_usable(tmp_path: Path) -> None:
     """Real SIGINTs, as in a notebook: the loop ends, and the next one is right."""
     pool = WorkerPool(Large(), 2, on_death=Coroner(9.0))
@@ -332,7 +401,7 @@ class Large(Squares):
 
 def test_a_process_without_descriptors_says_so() -> None:
     ours, theirs = socket.socketpair()
-    send(theirs, torch.ones(9))
+    send(theirs, torch.ones(70_000))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
@@ -350,10 +419,15 @@ def test_whose_fault_a_death_is() -> None:
     assert coroner(Death(None, "SIGSEGV", False, 1, 0)) is None
     assert coroner(Death(place, "SIGKILL", False, 1, 1)) is None
     assert coroner(Death(place, "SIGKILL", False, 1, 8)) is None  # an epoch later
-    second = coroner(Death(place, "SIGKILL", False, 1, 8))
-    assert second is not None
-    assert second.place == place
+    assert coroner(Death(place, "SIGKILL", False, 1, 8)) is None
+    third = coroner(Death(place, "SIGKILL", False, 1, 8))
+    assert third is not None
+    assert third.place == place
     assert coroner(Death(Place(0, 1, 3), "SIGSEGV", False, 1, 9)) is not None
     assert coroner(Death(Place(0, 1, 4), "SIGKILL", True, 1, 9)) is not None
-    with pytest.raises(WorkerError, match="5 worker processes in a row"):
-        coroner(Death(None, "SIGKILL", False, 5, None))
+    many = Coroner(9.0, workers=6)  # all of them may be ended at once, and once more
+    assert [many(Death(None, "SIGKILL", False, number, 9)) for number in range(1, 13)] == [None] * 12
+    with pytest.raises(WorkerError, match=r"13 worker processes in a row ended \(exit status 1\).*__main__"):
+        many(Death(None, "exit status 1", False, 13, 9))
+    with pytest.raises(WorkerError, match=r"5 worker processes in a row.*memory"):
+        coroner(Death(None, "SIGKILL", False, 5, 9))

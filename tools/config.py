@@ -79,7 +79,7 @@ class DataConfig:
             raise ConfigError(
                 f"data.eval_batch_size must be at least 1, or null for batch_size, got {self.eval_batch_size}."
             )
-        if not self.cache_gb > 0:
+        if not 0 < self.cache_gb < float("inf"):
             raise ConfigError(f"data.cache_gb must be a positive number of 10^9 bytes, got {self.cache_gb}.")
         if self.seed < 0:
             raise ConfigError(f"data.seed must not be negative, got {self.seed}.")

@@ -84,7 +84,7 @@ def advice(seen: Examination) -> list[str]:
     """What to change, one sentence each, the most useful first."""
     limit = limit_of(seen)
     said = {"read": _read, "decode": _decode, "transform": _transform, "transfer": _transfer}[limit](seen)
-    if limit != "transfer":
+    if limit == "read" or (limit != "transfer" and (seen.decode_on == "workers" or not seen.workers)):
         said += _workers(seen)
     if seen.rejects > 0.01:
         said.append(f"{seen.rejects:.0%} of the clips are rejected and replaced, for the reasons above.")
@@ -121,7 +121,7 @@ def _decode(seen: Examination) -> list[str]:
 
 
 def _transform(seen: Examination) -> list[str]:
-    return ["Transforming the frames takes longest: do less there (data.augment), or do it on the GPU."]
+    return ["Transforming the frames takes longest: do less there (data.augment, or a smaller data.image_size)."]
 
 
 def _transfer(seen: Examination) -> list[str]:
@@ -140,8 +140,8 @@ def _transfer(seen: Examination) -> list[str]:
 def _workers(seen: Examination) -> list[str]:
     if seen.epoch_batches < 4 * seen.workers:
         return [
-            f"An epoch has {seen.epoch_batches} batch(es), too few to keep {seen.workers} worker(s) busy, which start "
-            "anew with each epoch: a smaller data.batch_size, or more clips."
+            f"An epoch has {seen.epoch_batches} batch(es), too few to keep {seen.workers} worker(s) busy, "
+            "which have nothing ahead where one ends: a smaller data.batch_size, or more clips."
         ]
     if seen.workers < seen.cores:
         return [f"{seen.workers or 'no'} worker(s) on {seen.cores} cores: try --data.workers {seen.cores}."]

@@ -52,7 +52,7 @@ def _patches(config: TrainConfig) -> int | tuple[int, int]:
 
 def _run(loader: ClipLoader, config: TrainConfig, device: torch.device, seconds: float) -> Examination:
     before: Mapping[str, float] | None = None
-    started = end = time.perf_counter()
+    begun = started = end = time.perf_counter()
     device_s, clips, size, floats = 0.0, 0, 0, False
     gops: list[float] = []
     sides: list[float] = []
@@ -68,7 +68,7 @@ def _run(loader: ClipLoader, config: TrainConfig, device: torch.device, seconds:
             end = time.perf_counter()
             count += 1
             if before is None:
-                if count >= warm_up:
+                if count >= warm_up or end - begun >= seconds:
                     before, started = loader.stats(), end
                 continue
             device_s += end - arrived
