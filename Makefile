@@ -31,8 +31,9 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED)
 	$(BIN)/framestream demo --output runs/demo $(if $(VIDEOS),--videos "$(VIDEOS)")
 
+# A file of tests stays on one process, because its tests share what they have built.
 test: $(INSTALLED)
-	$(PYTEST)
+	$(PYTEST) -n auto --maxprocesses 8 --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(PYTEST) -m slow
