@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import weakref
 from collections.abc import Generator, Iterator, Mapping
@@ -157,7 +158,9 @@ class ClipLoader:
 
     def _leave(self) -> None:
         loop = None if self._running is None else self._running()
-        if loop is not None and not loop.gi_running:  # it runs where a signal handler closes the loader
+        if (
+            loop is not None and inspect.getgeneratorstate(loop) != inspect.GEN_RUNNING
+        ):  # it runs where a signal handler closes the loader
             loop.close()
 
     def _epoch_batches(self, progress: Progress) -> Generator[dict[str, Any], None, None]:

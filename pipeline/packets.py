@@ -7,6 +7,7 @@ streams, AVI, edit lists, open GOPs, bad indexes) is gone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -92,12 +93,19 @@ class _Demuxed:
     closed_keys: bool = True
 
 
+def _packets(container: Any, stream: Any, name: str) -> Iterator[Any]:
+    try:
+        yield from container.demux(stream)
+    except LookupError as err:  # PyAV looks a packet's stream up among those that there were at opening
+        raise DecodeError(f"{label(name)}: a stream begins in it that its head does not name; it is damaged.") from err
+
+
 def _demux(container: Any, stream: Any, name: str, deadline: Deadline, keep: bool) -> _Demuxed:
     codec = stream.codec_context.codec.canonical_name
     extradata = bytes(stream.codec_context.extradata or b"")
     found = _Demuxed()
     count = 0
-    for packet in container.demux(stream):
+    for packet in _packets(container, stream, name):
         if packet.size == 0:
             continue  # the empty packet at the end
         if packet.is_corrupt:

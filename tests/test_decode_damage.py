@@ -66,6 +66,12 @@ def test_damage_is_refused_or_survived(source: str, damage: str) -> None:
     check(source, damage, "pyav", range(12))
 
 
+def test_a_stream_that_appears_in_the_middle_is_damage() -> None:
+    data = damaged(video_bytes(".ts"), "header", 1023)
+    with pytest.raises(DecodeError, match="clip 3: a stream begins in it that its head does not name"):
+        open_decoder(data, backend="pyav", name="clip 3")
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_under_decord_costs_one_sample(damage: str) -> None:
     if available_backends()["decord"]:
@@ -73,11 +79,11 @@ def test_damage_under_decord_costs_one_sample(damage: str) -> None:
     check("h264 mp4", damage, "decord", range(6))
 
 
-@pytest.mark.soak
+@pytest.mark.fuzz
 @pytest.mark.parametrize("backend", ["pyav", "decord", "torchcodec"])
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("source", SOURCES)
-def test_damage_soak(source: str, damage: str, backend: str) -> None:
+def test_more_damage(source: str, damage: str, backend: str) -> None:
     if available_backends()[backend]:
         pytest.skip(available_backends()[backend])
     check(source, damage, backend, range(1000, 1200))
