@@ -42,6 +42,10 @@ def influence(
             pushed[:, j * FRAME_PATCHES : (j + 1) * FRAME_PATCHES] += 3
             out, _ = predictor(pushed, geometry_of(layout), plan)
             rows.append((out != calm).unflatten(1, (-1, FRAME_PATCHES)).flatten(2).any(-1)[0])
+        if backend == "flex":  # a kernel that gives the same input other results says nothing about masks
+            again = [predictor(tokens, geometry_of(layout), plan)[0] for _ in range(20)]
+            if not all(torch.equal(calm, other) for other in again):
+                pytest.skip(f"compiled FlexAttention of torch {torch.__version__} is not reproducible on this CPU")
     return torch.stack(rows, dim=1)
 
 
