@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help install demo test test-slow test-browser soak fuzz lint types clean
+.PHONY: help install demo test test-slow test-browser soak fuzz conformance lint types clean
 
 help:
 	@echo "make demo           videos to a trained model and runs/demo/report.html (VIDEOS=/some/folder for your own)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow      compile, many-kills and other long tests"
 	@echo "make test-browser   pages in headless Chromium"
 	@echo "make soak fuzz      memory and kills over long runs; thousands of damaged inputs (minutes each)"
+	@echo "make conformance    measure every reader on every kind of video, and write docs/conformance.md"
 	@echo "make lint types     ruff and mypy"
 	@echo "make clean          remove the virtual environment and everything built"
 
@@ -46,6 +47,11 @@ soak: $(INSTALLED)
 
 fuzz: $(INSTALLED)
 	$(PYTEST) -m fuzz -s
+
+# DECORD2 and TORCHCODEC are folders that hold those readers (pip install --no-deps --target FOLDER decord2).
+conformance: $(INSTALLED)
+	$(BIN)/python tests/write_conformance.py $(if $(DECORD2),--decord2 "$(DECORD2)") \
+	  $(if $(TORCHCODEC),--torchcodec "$(TORCHCODEC)")
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from time import perf_counter
 from typing import Any, NamedTuple
+
+import torch
 
 from .collate import ClipCollator
 from .dataset import ClipSource, PlannedClip
@@ -40,6 +42,11 @@ class RankBatches:
         self.num_samples, self.global_batch = num_samples, global_batch
         self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
         self.epoch = self.start = 0
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of a rank's largest batch."""
+        return max(1, len(rank_rows(self.global_batch, self.rank, self.world_size)))
 
     def __len__(self) -> int:
         """Batches of a full epoch, whatever `start` is."""
@@ -82,6 +89,17 @@ class Failure(NamedTuple):
     error: FramestreamError
 
 
+def pinned(delivery: Delivery | Failure) -> Delivery | Failure:
+    """Put the CPU tensors of a batch into page-locked memory."""
+    if isinstance(delivery, Failure):
+        return delivery
+    batch = {
+        name: value.pin_memory() if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
+        for name, value in delivery.batch.items()
+    }
+    return delivery._replace(batch=batch)
+
+
 class Planned(NamedTuple):
     """A batch that is read and planned, to be decoded elsewhere."""
 
@@ -104,12 +122,10 @@ class BatchMaker:
         except FramestreamError as error:
             return Failure(error)
 
-    def finish(self, planned: Failure | Planned) -> Delivery | Failure:
-        """Decode and collate what a call has planned."""
-        if isinstance(planned, Failure):
-            return planned
+    def gathered(self, clips: Iterable[dict[str, Any]], padding: bool) -> Delivery | Failure:
+        """Collate the clips of a batch that was planned by a call and is decoded elsewhere. Taking a clip may raise."""
         try:
-            return self._collated([self.source.finish(clip) for clip in planned.clips], planned.padding)
+            return self._collated(list(clips), padding)
         except FramestreamError as error:
             return Failure(error)
 

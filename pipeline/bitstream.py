@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
+_HEVC_SPS = 33
 _PACKED = re.compile(rb"DivX\d+(?:b|Build)\d+p")
 
 
@@ -33,3 +35,50 @@ def begins_afresh(codec: str, extradata: bytes, packet: bytes | memoryview) -> b
             return kind == 5
         at += width + int.from_bytes(packet[at : at + width], "big")
     return False
+
+
+def is_key(codec: str, extradata: bytes, packet: bytes | memoryview) -> bool:
+    """False for a packet that its container calls a key packet, although its picture refers to others.
+
+    Looks into HEVC with length-prefixed NAL units (mp4, mkv) and into MPEG-4; True for anything else.
+    """
+    if codec == "mpeg4":
+        at = bytes(packet).find(b"\x00\x00\x01\xb6")
+        return at < 0 or at + 4 >= len(packet) or packet[at + 4] >> 6 == 0
+    if codec == "hevc" and len(extradata) >= 23 and extradata[0] == 1:
+        width, at = (extradata[21] & 3) + 1, 0
+        while at + width < len(packet):
+            kind = packet[at + width] >> 1 & 63
+            if kind < 32:
+                return 16 <= kind <= 23
+            at += width + int.from_bytes(packet[at : at + width], "big")
+    return True
+
+
+def leaves_out_safely(codec: str, extradata: bytes) -> bool:
+    """Whether FFmpeg's decoder, told to leave out pictures that no other refers to, leaves out no other.
+
+    In HEVC a picture may be marked as not referred to within its own temporal layer alone, so it has to be known that
+    there is only one. Looks into the sequence parameter sets of an `hvcC` (ISO/IEC 14496-15, 8.3.3.1); False where they
+    are elsewhere.
+    """
+    if codec in ("h264", "mpeg4"):
+        return True
+    if codec != "hevc" or len(extradata) < 23 or extradata[0] != 1:
+        return False
+    sets = [unit for kind, unit in _hevc_units(extradata) if kind == _HEVC_SPS]
+    return bool(sets) and all(len(unit) > 2 and not unit[2] >> 1 & 7 for unit in sets)
+
+
+def _hevc_units(extradata: bytes) -> Iterator[tuple[int, bytes]]:
+    """(type, bytes) of the NAL units in an `hvcC`, as far as it goes."""
+    at = 23
+    for _ in range(extradata[22]):
+        kind, count = extradata[at : at + 1], int.from_bytes(extradata[at + 1 : at + 3], "big")
+        at += 3
+        for _ in range(count):
+            stop = at + 2 + int.from_bytes(extradata[at : at + 2], "big")
+            if stop > len(extradata):
+                return
+            yield kind[0] & 63, extradata[at + 2 : stop]
+            at = stop

@@ -14,8 +14,8 @@ import torch
 
 from .decode import Refused
 from .errors import DecodeError
+from .indexed import packet_table
 from .packet_table import Deadline, PacketTable, Picture, label
-from .packets import read_packets
 from .probe import VideoInfo
 
 
@@ -45,10 +45,9 @@ class CheckedDecoder(ABC):
     ) -> None:
         self.name, self.short_side, self.timeout_s, self.data = name, short_side, timeout_s, data
         deadline = Deadline(timeout_s, name)
-        table = read_packets(io.BytesIO(data), name=name, deadline=deadline, keep=False)
+        table = packet_table(data, info, name=name, deadline=deadline, keep=False)
         try:
-            table.expect(info)
-            picture = table.first_picture(deadline)
+            picture = table.picture or table.picture_of(table.first_frame(deadline))
             reason = refusal(table, picture)
         finally:
             table.close()

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from .batches import BatchMaker, Delivery, Failure, RankBatches
+from .batches import BatchMaker, Delivery, Failure, RankBatches, pinned
+from .cuda_lanes import Lanes
 from .deaths import Coroner
+from .decode import GPU_BACKENDS, load_reader
 from .health import Health, NoSpareError
 from .prefetch import ReadAhead
 from .shard_prefetch import ShardPrefetch
 from .state import Progress, from_state, to_state
+from .trainer_side import READ_AHEAD, TrainerSide
 from .workers import WorkerCounts, WorkerPool
-
-#: Batches that the decoding or pinning thread of the training process keeps ready.
-READ_AHEAD = 2
 
 
 class ClipLoader:
@@ -50,12 +50,15 @@ class ClipLoader:
         prefetch_factor: int,
         start_method: str | None,
         pin_memory: bool,
+        decode_threads: int,
         fingerprint: Mapping[str, Any],
     ) -> None:
         self._maker, self._rows, self._health = maker, rows, health
         self._device, self._attention_backend = device, attention_backend
         self._num_workers, self._prefetch_factor, self._start_method = num_workers, prefetch_factor, start_method
         self._pin = pin_memory
+        self._lanes = Lanes(self._lane_device())
+        self._trainer_side = TrainerSide(maker, decode_threads, self._lanes, rows.most_rows, pin_memory)
         self._fingerprint = dict(fingerprint)
         self._progress = Progress(0, 0)
         source = maker.source
@@ -87,6 +90,11 @@ class ClipLoader:
     def decode_on(self) -> str:
         """Where videos are decoded: "workers" or "trainer"."""
         return "workers" if self._maker.decode else "trainer"
+
+    @property
+    def decode_threads(self) -> int:
+        """Threads of the training process that decode; 0 where workers do."""
+        return 0 if self._maker.decode else self._trainer_side.threads
 
     @property
     def decoder(self) -> str:
@@ -138,8 +146,9 @@ class ClipLoader:
         from the workers). `wait_share`, the share of time that the consumer waited for a batch: is training starved?
         `worker_busy_share`, of the same time, that workers were at work. `worker_restarts`, workers that died or
         overran their time and were replaced. `cache_hits` and `cache_misses`, samples of remote shards that were at
-        hand when they were needed, and that had to wait for a download. `rejects`, `reject_share`, `spares`, and
-        `without_meta`, samples whose JSON was missing or damaged. In a mixture `samples/NAME` for each dataset.
+        hand when they were needed, and that had to wait for a download. `rejects`, `reject_share`, `spares`,
+        `without_meta`, samples whose JSON was missing or damaged, and `cpu_fallbacks`, samples that the GPU's decoder
+        could not decode and the CPU's did. In a mixture `samples/NAME` for each dataset.
         """
         total = self._health.seconds * max(self._num_workers, 1)
         return {
@@ -155,6 +164,15 @@ class ClipLoader:
         _stop_workers(self._pool, self._pool_owner)
         for prefetch in self._prefetch:
             prefetch.close()
+
+    def _lane_device(self) -> torch.device | None:
+        """Where threads of this process work on CUDA streams of their own; None where they do not."""
+        if self._maker.decode:
+            return None
+        if self._device.type == "cuda":
+            return self._device
+        on_gpu = self.decoder in GPU_BACKENDS  # by name, for a model that is elsewhere
+        return torch.device("cuda", torch.cuda.current_device()) if on_gpu else None
 
     def _leave(self) -> None:
         loop = None if self._running is None else self._running()
@@ -187,17 +205,23 @@ class ClipLoader:
             deliveries.close()
 
     def _deliveries(self) -> Generator[Delivery | Failure, None, None]:
+        for backend in (self.decoder, self._maker.source.transform.fallback):
+            if backend is not None:
+                load_reader(backend)
         made = self._made()
         self._reach(Progress(self._rows.epoch, self._rows.start))
-        if self._maker.decode and not (self._pin and self._num_workers):
-            yield from map(self._pinned, made)
-            return
-        # Decoding here, or copying to page-locked memory, goes on beside the training step.
-        ahead = ReadAhead(self._finished(made), READ_AHEAD)
-        try:
-            yield from ahead
-        finally:
-            ahead.close()
+        if not self._maker.decode:
+            yield from self._trainer_side.deliveries(made)
+        elif not self._pin:
+            yield from made
+        elif not self._num_workers:
+            yield from map(pinned, made)
+        else:  # copying to page-locked memory goes on beside the training step
+            ahead = ReadAhead(self._copied(made), READ_AHEAD)
+            try:
+                yield from ahead
+            finally:
+                ahead.close()
 
     def _made(self) -> Iterator[Any]:
         """What the workers make of the rows, or this process where there are none: a `Delivery` or a `Failure`, or a
@@ -220,21 +244,11 @@ class ClipLoader:
             )
         return self._pool[0].run(self._rows)
 
-    def _finished(self, made: Iterator[Any]) -> Iterator[Delivery | Failure]:
+    def _copied(self, made: Iterator[Delivery | Failure]) -> Iterator[Delivery | Failure]:
         """Runs in a thread of this process."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # the current device is each thread's own
-        for item in made:
-            yield self._pinned(item if self._maker.decode else self._maker.finish(item))
-
-    def _pinned(self, delivery: Delivery | Failure) -> Delivery | Failure:
-        if not self._pin or isinstance(delivery, Failure):
-            return delivery
-        batch = {
-            name: value.pin_memory() if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
-            for name, value in delivery.batch.items()
-        }
-        return delivery._replace(batch=batch)
+        yield from map(pinned, made)
 
     def _reach(self, progress: Progress) -> None:
         """Have the shards fetched that come next."""
@@ -245,6 +259,7 @@ class ClipLoader:
     def _checked(self, delivery: Delivery) -> dict[str, Any]:
         batch = delivery.batch
         self._health.record(delivery.reports, delivery.collate_ms)
+        self._lanes.hand_over(batch)
         batch["frame_mask"].prepare(self._device, self._attention_backend)
         return batch
 

@@ -113,12 +113,19 @@ class ClipSource:
                 self.watch.begin(place)
             started = perf_counter()
             try:
-                raw = shards.read(place.shard, place.sample, want=self._want)
+                raw = shards.read(place.shard, place.sample, want=self._want, defer_video=True)
+                if not self.transform.reads_packets(raw):
+                    raw = raw.read()
                 read = perf_counter()
                 if self.watch is not None:
                     self.watch.limit(self.limit_s)
                 draw = draw_at(self.order.seed, epoch, position, attempt)
                 request = self.transform.request(raw, draw=draw)
+                if self.watch is not None:  # the storage may take its time
+                    self.watch.begin(place)
+                request.read()
+                if self.watch is not None:
+                    self.watch.limit(self.limit_s)
             except SampleError as err:
                 rejects.append(self._rejected(place, str(err)))
                 continue

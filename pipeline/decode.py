@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from .errors import ConfigError, DecodeError
+from .file_parts import FileParts
 from .probe import VideoInfo
 
 GPU_BACKENDS = ("decord-gpu", "torchcodec-cuda")
@@ -33,20 +34,32 @@ class Refused(DecodeError):
 
 
 class Decoder(Protocol):
-    """An open video.
+    """An open video."""
 
-    Attributes:
-        backend: which reader this is.
-        num_frames: frames that are shown; fps: per second, on average.
-        timestamps: float64 [T], seconds from the first frame.
-        key_frames: int64 [K], frames that decode on their own.
-    """
+    @property
+    def backend(self) -> str:
+        """Which reader this is."""
+        ...
 
-    backend: str
-    num_frames: int
-    fps: float
-    timestamps: np.ndarray
-    key_frames: np.ndarray
+    @property
+    def num_frames(self) -> int:
+        """Frames that are shown."""
+        ...
+
+    @property
+    def fps(self) -> float:
+        """Frames per second, on average."""
+        ...
+
+    @property
+    def timestamps(self) -> np.ndarray:
+        """float64 [T], seconds from the first frame."""
+        ...
+
+    @property
+    def key_frames(self) -> np.ndarray:
+        """int64 [K], frames that decode on their own."""
+        ...
 
     def frames_at(self, indices: Sequence[int]) -> torch.Tensor:
         """uint8 [n, 3, H, W] RGB in the order asked, repeats allowed; DecodeError where a frame is not to be had."""
@@ -60,23 +73,27 @@ class Decoder(Protocol):
 
 
 def open_decoder(
-    data: bytes,
+    data: bytes | FileParts,
     *,
     backend: str = "auto",
     short_side: int | None = None,
     info: VideoInfo | None = None,
     name: str = "",
     timeout_s: float = 30.0,
+    fallback: str | None = None,
 ) -> Decoder:
     """Open a video that lies in memory.
 
     Args:
-        backend: one of `BACKENDS`, or "auto" (see `choose_backend`), which hands what its reader refuses
-            to `pyav`; such frames are then on the CPU.
+        data: the whole file; for `pyav` and a video whose index `info` carries, the parts that will be needed do.
+        backend: one of `BACKENDS`, or "auto" (see `choose_backend`).
         short_side: length of the shorter side of the frames returned; the aspect is kept. None: as stored.
         info: what `probe_video` said about the same bytes, where that is at hand; it is checked against them.
         name: how errors call the video.
         timeout_s: for opening, and again for each call of `frames_at`. GPU readers cannot be interrupted.
+        fallback: the backend that takes over where `backend` refuses a video or fails at it, at opening or later. Its
+            frames come to the GPU, where `backend` is a GPU's, and `decoder.fallback` says why it is at work. "auto"
+            has `pyav`; without one, a backend that was asked for by name raises.
     Raises:
         DecodeError: this video cannot be decoded exactly (by this backend; the message names one that can).
         ConfigError: the backend is unknown or not usable here.
@@ -87,12 +104,26 @@ def open_decoder(
     if not data:
         raise DecodeError(f"{name or 'the video'}: there is nothing in it (0 bytes).")
     options: dict[str, Any] = {"short_side": short_side, "info": info, "name": name, "timeout_s": timeout_s}
-    try:
-        return _reader(chosen)(data, **options)
-    except DecodeError:
-        if backend != "auto" or chosen == "pyav":
-            raise
-    return _reader("pyav")(data, **options)
+    first = functools.partial(_reader(chosen), data, **options)
+    second = "pyav" if fallback is None and backend == "auto" else fallback
+    if second is None or second == chosen:
+        return first()
+    from .fallback import FallbackDecoder
+
+    reader = _reader(choose_backend(second)[0])
+    on_gpu = chosen in GPU_BACKENDS
+    return FallbackDecoder(
+        first,
+        functools.partial(reader, data, **options),
+        name=name,
+        device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else None,
+    )
+
+
+def load_reader(backend: str) -> None:
+    """Import what a backend needs. Done before threads or worker processes start: a fork in the middle of an import
+    in another thread would leave that module locked in the child, and workers need not import what is there."""
+    _reader(backend)
 
 
 def _reader(backend: str) -> Callable[..., Decoder]:

@@ -68,7 +68,8 @@ def _resized(frames: Any, size: tuple[int, int]) -> Any:
 
     from .picture import to_rgb
 
-    return np.stack([to_rgb(av.VideoFrame.from_ndarray(frame, format="rgb24"), size) for frame in frames])
+    pictures = [to_rgb(av.VideoFrame.from_ndarray(frame, format="rgb24"), size) for frame in frames]
+    return np.stack(pictures).transpose(0, 2, 3, 1)
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from .bitstream import leaves_out_safely
 from .decode import check_indices, fit_short_side
 from .errors import DecodeError
-from .packet_table import Deadline, PacketTable, check_size, label, open_codec
-from .packets import read_packets
-from .picture import orientation, to_rgb
+from .file_parts import FileParts
+from .indexed import packet_table
+from .packet_order import Run
+from .packet_table import Deadline, check_size, label
+from .picture import Orientation, orientation, to_rgb
 from .probe import VideoInfo
-
-# Codecs whose decoders leave out pictures that no other picture refers to, when told to, and stay exact.
-_SKIPS = ("h264", "mpeg4")
 
 
 @dataclass
@@ -47,7 +46,7 @@ class PyAVDecoder:
 
     def __init__(
         self,
-        data: bytes,
+        data: bytes | FileParts,
         *,
         short_side: int | None = None,
         info: VideoInfo | None = None,
@@ -56,17 +55,16 @@ class PyAVDecoder:
     ) -> None:
         self.name, self.short_side, self.timeout_s = name, short_side, timeout_s
         self.stats = DecodeStats()
-        self.table: PacketTable = read_packets(io.BytesIO(data), name=name, deadline=Deadline(timeout_s, name))
-        try:
-            self.table.expect(info)
-        except DecodeError:
-            self.close()
-            raise
+        self.table = packet_table(data, info, name=name, deadline=Deadline(timeout_s, name))
+        self._leaves_out = self.table.ordered and leaves_out_safely(
+            self.table.codec, bytes(self.table.source.codec().extradata or b"")
+        )
         self.num_frames = self.table.num_frames
         self.fps = self.table.fps
         self.timestamps = self.table.times()
         self.key_frames = self.table.key_frames
         self._stored: tuple[int, int] | None = None
+        self._laid: Orientation | None = None
 
     def frames_at(self, indices: Sequence[int]) -> torch.Tensor:
         """The frames at `indices`: uint8 [n, 3, H, W] RGB, in the order asked, repeats allowed.
@@ -78,69 +76,54 @@ class PyAVDecoder:
         wanted, gather = np.unique(check_indices(indices, self.num_frames, self.name), return_inverse=True)
         deadline = Deadline(self.timeout_s, self.name)
         pictures: dict[int, np.ndarray] = {}
-        for start, group in self._runs(wanted.tolist()):
-            self._collect(start, group, pictures, deadline)
+        for run in self.table.order.runs(wanted.tolist()):
+            self._collect(run, pictures, deadline)
         return torch.from_numpy(np.stack([pictures[int(index)] for index in wanted[gather]]))
 
-    def _runs(self, wanted: list[int]) -> list[tuple[int, list[int]]]:
-        """Groups of frames that are decoded in one go, each with the packet to begin at."""
-        if not self.table.ordered:
-            return [(0, wanted)]
-        runs: list[tuple[int, list[int]]] = []
-        end = -1
-        for start, index in sorted((int(self.table.start[index]), index) for index in wanted):
-            position = int(self.table.position[index])
-            if runs and (start == runs[-1][0] or start <= end):
-                runs[-1][1].append(index)
-                end = max(end, position)
-            else:
-                runs.append((start, [index]))
-                end = position
-        return runs
-
-    def _collect(self, start: int, group: list[int], pictures: dict[int, np.ndarray], deadline: Deadline) -> None:
-        """Decode `group` from packet `start` on, and from an earlier key packet where that was not enough.
+    def _collect(self, run: Run, pictures: dict[int, np.ndarray], deadline: Deadline) -> None:
+        """Decode a run, and from an earlier key packet on where that was not enough.
 
         Some streams mark packets as key that only begin a gradual refresh, after which pictures are complete.
         """
-        key = int(np.searchsorted(self.table.keys, start))
+        order = self.table.order
+        key = int(np.searchsorted(order.keys, run.packets[0]))
         for earlier in (0, 1, 4):
-            begin = int(self.table.keys[max(0, key - earlier)]) if self.table.ordered else start
+            if earlier:
+                run = order.run_from(int(order.keys[max(0, key - earlier)]), run.frames)
             try:
-                pictures.update(self._decode(begin, group, deadline))
+                pictures.update(self._decode(run, deadline))
                 return
             except DecodeError:
                 deadline.check()
-                if self.table.closed_keys or not self.table.ordered or key - earlier <= 0 or earlier == 4:
+                if self.table.closed_keys or not order.ordered or key - earlier <= 0 or earlier == 4:
                     raise
 
-    def _decode(self, start: int, group: list[int], deadline: Deadline) -> dict[int, np.ndarray]:
+    def _decode(self, run: Run, deadline: Deadline) -> dict[int, np.ndarray]:
         """Decode one run. Damage anywhere in it is an error: frames after it may build on it without a sign of it."""
         import av
 
-        table, wanted = self.table, set(group)
-        context = open_codec(table.stream)
+        table, wanted, ordered = self.table, set(run.frames), self.table.ordered
+        context = table.source.codec()
         self.stats.runs += 1
         found: dict[int, np.ndarray] = {}
-        expected: set[int] = set(group)
+        expected: set[int] = set(run.frames)
         came: dict[int, None] = {}  # in the order in which they came
         try:
-            for position in self._positions(start, group):
+            for position, index in zip(run.packets, table.order.rank[run.packets].tolist(), strict=True):
                 deadline.check()
-                index = int(table.rank[position])
-                if table.codec in _SKIPS:
-                    context.skip_frame = "DEFAULT" if index in wanted or not table.ordered else "NONREF"
-                elif index >= 0 and table.ordered:
+                if self._leaves_out:
+                    context.skip_frame = "DEFAULT" if index in wanted else "NONREF"
+                elif index >= 0 and ordered:
                     expected.add(index)
                 self.stats.packets += 1
-                self._keep(context.decode(table.packets[position]), came, wanted, found)
-                if not table.ordered and len(found) == len(wanted):
+                self._keep(context.decode(table.source.packet(position)), came, wanted, found)
+                if not ordered and len(found) == len(wanted):
                     break
             self._keep(context.decode(None), came, wanted, found)
         except (av.error.FFmpegError, ValueError) as err:
             raise DecodeError(
-                f"{label(self.name)}: damaged between frames {max(0, int(table.rank[start]))} and {max(group)} "
-                f"({getattr(err, 'strerror', None) or err})."
+                f"{label(self.name)}: damaged between frames {max(0, int(table.order.rank[run.packets[0]]))} and "
+                f"{max(run.frames)} ({getattr(err, 'strerror', None) or err})."
             ) from err
         finally:
             context.flush_buffers()
@@ -151,19 +134,6 @@ class PyAVDecoder:
                 f"frame {missing[0]} first; the packets on the way to it are damaged."
             )
         return found
-
-    def _positions(self, start: int, group: list[int]) -> list[int]:
-        """The packets of one run. Leading ones of its first key packet refer to what is not decoded: left out."""
-        table = self.table
-        if not table.ordered:
-            return list(range(len(table.rank)))
-        positions = np.arange(start, int(table.position[group].max()) + 1)
-        later_keys = table.keys[table.keys > start]
-        first = positions < (later_keys[0] if len(later_keys) else len(table.rank))
-        left_out = first & table.leading[positions]
-        if np.isin(table.rank[positions[left_out]], group).any():  # decodable ones, at the very start
-            return positions.tolist()
-        return positions[~left_out].tolist()
 
     def _keep(
         self, frames: Iterable[Any], came: dict[int, None], wanted: set[int], found: dict[int, np.ndarray]
@@ -197,7 +167,11 @@ class PyAVDecoder:
         check_size(*size, self.name)
         self._stored = size
         self.stats.pictures += 1
-        return orientation(frame, self.name).apply(to_rgb(frame, fit_short_side(*size, self.short_side)))
+        laid = orientation(frame, self.name, self.table.source.turn)
+        if self._laid not in (None, laid):
+            raise DecodeError(f"{label(self.name)}: frame {index} is turned otherwise than others; split it there.")
+        self._laid = laid
+        return laid.apply(to_rgb(frame, fit_short_side(*size, self.short_side), self.name))
 
     def close(self) -> None:
         self.table.close()

@@ -37,7 +37,7 @@ def parse_field(sample: RawSample, name: str) -> Any:
             f"{sample.key} in {sample.shard} has no member {name!r}, which `fields` asks for; "
             f"it has {', '.join(sorted(sample.members))}."
         )
-    data = sample.members[name]
+    data = sample.content(name)
     try:
         return json.loads(data) if name.rsplit(".", 1)[-1] == "json" else _array(data)
     except Exception as err:  # NumPy parses the header as Python text: beside ValueError, tokenize's errors and others

@@ -41,6 +41,7 @@ class ClipReport:
         rejects: samples that failed in its place.
         padding: a repeated sample on a rank that has no row of its own.
         dataset: its dataset's name, in a mixture.
+        fallback: why another decoder than the one chosen has decoded it, "" where that was not so.
     """
 
     timing: dict[str, float]
@@ -49,6 +50,7 @@ class ClipReport:
     rejects: list[Reject] = field(default_factory=list)
     padding: bool = False
     dataset: str | None = None
+    fallback: str = ""
 
 
 class NoSpareError(RejectLimitError):
@@ -75,7 +77,7 @@ class Health:
             raise ConfigError(f"max_reject_share is {max_reject_share!r}; it must be a share from 0 to 1.")
         self.max_reject_share = max_reject_share
         self.rejects_path = None if rejects_path is None else Path(rejects_path)
-        self.samples = self.batches = self.rejects = self.spares = self.without_meta = 0
+        self.samples = self.batches = self.rejects = self.spares = self.without_meta = self.fallbacks = 0
         self.waited = self.used = 0.0  # seconds: the consumer in the loader, the consumer elsewhere
         self.cache_hits = self.cache_misses = 0
         self.datasets: Counter[str] = Counter()
@@ -122,6 +124,7 @@ class Health:
             self.samples += 1
             self.spares += bool(report.rejects)
             self.without_meta += report.without_meta
+            self.fallbacks += bool(report.fallback)
             self.cache_hits += report.cached is True
             self.cache_misses += report.cached is False
             if report.dataset is not None:
@@ -162,6 +165,7 @@ class Health:
             "reject_share": self.rejects / tried if tried else 0.0,
             "spares": self.spares,
             "without_meta": self.without_meta,
+            "cpu_fallbacks": self.fallbacks,
             **{f"samples/{name}": count for name, count in self.datasets.items()},
         }
 

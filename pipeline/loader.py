@@ -27,6 +27,11 @@ from .shard_paths import ShardsArgument
 from .shards import ShardSet
 from .transforms import ClipTransform, Crop, FrameHook
 
+#: Threads that decode for a GPU reader. One reader keeps one video engine busy for a part of its time only, because it
+#: parses, copies and resizes in between; cards have 1 to 8 engines (`framestream doctor` shows how many), and a thread
+#: more than that costs the memory of one clip.
+GPU_DECODE_THREADS = 4
+
 #: Requests that a worker may have in hand; they have to fit into the buffer of its socket.
 MAX_PREFETCH = 64
 
@@ -56,6 +61,7 @@ def build_loader(
     drop_last: bool = True,
     decoder: str = "auto",
     decode_on: DecodeOn = "auto",
+    decode_threads: int | None = None,
     timeout_s: float = 30.0,
     storage_options: Mapping[str, Any] | None = None,
     cache_dir: str | Path | None = None,
@@ -91,8 +97,11 @@ def build_loader(
         drop_last: leave out the samples that do not fill the last global batch. False spreads them over the
             ranks; a rank left without any repeats one, marked `meta["padding"]`.
         decoder: backend name, or "auto": the GPU's where there is one, else the exact CPU decoder.
-        decode_on: "workers", or "trainer": workers read and plan, and a thread of the training process decodes
-            and transforms, two batches ahead. "auto" takes the trainer for GPU decoders. Same stream.
+        decode_on: "workers", or "trainer": workers read and plan, and threads of the training process decode and
+            transform, two batches ahead. "auto" takes the trainer for GPU decoders. Same stream.
+        decode_threads: threads that decode where the training process does. Default 4 for GPU decoders, so that
+            several video engines are at work, and 1 for those of the CPU, for which workers are the better way. More
+            than 1 call the `transform` hook from several threads at once. Same stream for any number.
         storage_options: for remote shards, handed to fsspec.
         cache_dir: where remote shards and their indexes are kept.
         cache_bytes: limit of what is kept of remote shards; two windows should fit.
@@ -128,6 +137,13 @@ def build_loader(
         _check_count("epoch_samples", epoch_samples, 1)
     _check_choice("multiprocessing_context", multiprocessing_context, (None, *multiprocessing.get_all_start_methods()))
     _check_choice("decode_on", decode_on, ("auto", "workers", "trainer"))
+    if decode_threads is not None:
+        _check_count("decode_threads", decode_threads, 1)
+        if decode_on == "workers":
+            raise ConfigError(
+                f"decode_threads={decode_threads} does nothing with decode_on='workers', each of which decodes in one "
+                "thread; use num_workers, or decode_on='trainer'."
+            )
     _check_choice("attention_backend", attention_backend, ("auto", "flex", "ranges", "dense"))
     device = _device(device)
     backend, _ = choose_backend(decoder, device.type)
@@ -151,6 +167,8 @@ def build_loader(
         fields=fields,
         timeout_s=timeout_s,
         checksums=checksums,
+        # A GPU reader that was chosen here, and not by name, leaves to the CPU what the hardware cannot decode.
+        fallback="pyav" if decoder == "auto" and backend in GPU_BACKENDS else None,
     )
     health = Health(max_reject_share, rejects_path)
     source = open_data(
@@ -182,6 +200,7 @@ def build_loader(
         prefetch_factor=prefetch_factor,
         start_method=multiprocessing_context,
         pin_memory=pin_memory and torch.accelerator.is_available(),
+        decode_threads=decode_threads or (GPU_DECODE_THREADS if backend in GPU_BACKENDS else 1),
         fingerprint={
             **source.identity,
             "samples": len(source.order),

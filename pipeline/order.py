@@ -9,11 +9,11 @@ of numpy and torch are not promised to stay the same from one release to the nex
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
+from .cached import cached_property
 from .errors import ConfigError
 
 _WORD = (1 << 64) - 1

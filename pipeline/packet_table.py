@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from .errors import DecodeError
+from .packet_marks import PacketMark
+from .packet_order import PacketOrder
+from .packet_source import MAX_PIXELS, PacketSource
 from .picture import orientation
 from .probe import VideoInfo
 
 MAX_SIDE = 16384
-MAX_PIXELS = 1 << 26
 _TRIES = 32  # packets after a key packet that a decoder may want before it shows the frame
 
 
@@ -47,16 +49,6 @@ def check_size(width: int, height: int, name: str) -> None:
         )
 
 
-def open_codec(stream: Any) -> Any:
-    """The stream's decoder: one thread, and an error rather than a concealed picture wherever it notices one."""
-    context = stream.codec_context
-    if not context.is_open:
-        context.thread_count = 1
-        context.thread_type = "NONE"
-        context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
-    return context
-
-
 @dataclass(frozen=True)
 class Picture:
     """How frames are shown: size in pixels after rotation, degrees clockwise to turn them, whether to mirror
@@ -74,54 +66,51 @@ class PacketTable:
     """The video packets of one file in decoding order, and which frame each of them shows.
 
     Attributes:
-        packets: the packets; their `pts` is replaced by the index of the frame that they show (None: shows none).
-        rank: int64 [P], index of the frame that each packet shows in presentation order, or -1.
-        position: int64 [T], the inverse: which packet shows frame t.
-        start: int64 [T], the key packet from which decoding has to begin to get frame t.
-        keys: int64 [K], key packets.
-        ordered: False where the container does not say in which order its frames are shown (H.264 in AVI). Then
-            `rank` counts packets, and only decoding from the first packet on tells which frame is which.
+        source: gives the packets; their `pts` is the index of the frame that they show (None: shows none).
+        order: which packet shows which frame.
         timestamps: float64 [T], seconds from the first frame; None where the rate is constant.
         hidden_by_edits: packets that an edit list hides.
-        leading: bool [P], packets shown before the key packet that they follow: there are some in open GOPs.
         closed_keys: every key packet is one at which a decoder forgets all that was before.
+        picture: how frames are shown, where that is known without decoding one.
+        marks: where the packets were found, if that was asked for.
     """
 
     name: str
-    container: Any
-    stream: Any
-    packets: list[Any]
-    rank: np.ndarray
-    position: np.ndarray
-    start: np.ndarray
-    keys: np.ndarray
-    ordered: bool
+    source: PacketSource
+    order: PacketOrder
     fps: float
     duration: float
     timestamps: np.ndarray | None
     hidden_by_edits: int
-    leading: np.ndarray
     closed_keys: bool
     has_audio: bool
     format: str
-    codec: str = field(default="")
+    codec: str
+    picture: Picture | None = None
+    marks: list[PacketMark] = field(default_factory=list)
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the container says in which order its frames are shown."""
+        return self.order.ordered
 
     @property
     def open_gop(self) -> bool:
         """Whether frames may refer to the group of pictures before their own."""
-        return bool(self.leading.any())
+        return bool(self.order.leading.any())
+
+    @property
+    def num_packets(self) -> int:
+        return len(self.order.rank)
 
     @property
     def num_frames(self) -> int:
-        return len(self.position)
+        return len(self.order.position)
 
     @property
     def key_frames(self) -> np.ndarray:
         """int64 [K]: indices of the key frames in presentation order."""
-        if not self.ordered:
-            return np.zeros(1, dtype=np.int64)
-        shown = self.rank[self.keys]
-        return np.sort(shown[shown >= 0])
+        return self.order.key_frames
 
     def times(self) -> np.ndarray:
         """float64 [T]: presentation times in seconds from the first frame."""
@@ -147,29 +136,34 @@ class PacketTable:
                 "it is damaged, or described by the metadata of another video."
             )
 
-    def first_picture(self, deadline: Deadline) -> Picture:
-        """Decode the first key frame alone and say how it is shown.
+    def first_frame(self, deadline: Deadline) -> Any:
+        """The first frame that is shown, as a PyAV frame.
 
         Raises:
             DecodeError: it does not decode.
         """
         import av
 
-        context = open_codec(self.stream)
+        context = self.source.codec()
         try:
-            for packet in [*self.packets[self.keys[0] :][:_TRIES], None]:
+            first = int(self.order.keys[0])
+            for position in [*range(first, min(first + _TRIES, self.num_packets)), None]:
                 deadline.check()
-                for frame in context.decode(packet):
+                for frame in context.decode(None if position is None else self.source.packet(position)):
                     check_size(frame.width, frame.height, self.name)
-                    laid = orientation(frame, self.name)
-                    size = (frame.height, frame.width) if laid.swap else (frame.width, frame.height)
-                    return Picture(*size, laid.rotation, laid.mirrored, frame.format.name)
+                    if frame.pts is not None:  # else hidden, by an edit list
+                        return frame
         except (av.error.FFmpegError, ValueError) as err:
             raise DecodeError(f"{label(self.name)}: its first frame is damaged ({reason_of(err)}).") from err
         finally:
             context.flush_buffers()
         raise DecodeError(f"{label(self.name)}: its first frame does not come out of the decoder.")
 
+    def picture_of(self, frame: Any) -> Picture:
+        """How frames are shown, told by one of them. Raises DecodeError for slanted ones."""
+        laid = orientation(frame, self.name, self.source.turn)
+        size = (frame.height, frame.width) if laid.swap else (frame.width, frame.height)
+        return Picture(*size, laid.rotation, laid.mirrored, frame.format.name)
+
     def close(self) -> None:
-        self.packets = []
-        self.container.close()
+        self.source.close()

@@ -2,7 +2,8 @@
 
 One pass over the container gives everything that exact decoding needs. Packets are kept in memory and handed to
 the decoder directly, so nothing ever seeks in a container, and with that every trouble of seeking (transport
-streams, AVI, edit lists, open GOPs, bad indexes) is gone.
+streams, AVI, edit lists, open GOPs, bad indexes) is gone. What the pass finds can be kept as a `VideoIndex`, which
+spares it the next time.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .bitstream import begins_afresh, is_packed, shows_a_frame
+from .bitstream import begins_afresh, is_key, is_packed, shows_a_frame
 from .errors import DecodeError
-from .packet_table import Deadline, PacketTable, check_size, label, open_codec, reason_of
-from .presentation import NO_TIME, contradiction, frame_rate, is_ordered, leading_packets, start_packets
+from .packet_marks import PacketMark
+from .packet_order import PacketOrder
+from .packet_source import ContainerPackets, set_up
+from .packet_table import Deadline, PacketTable, check_size, label, reason_of
+from .presentation import NO_TIME, contradiction, frame_rate, is_ordered, leading_packets, parts_in_turn
 from .truncation import broken_at, missing_bytes
 
 # Anything else, above all play lists that name further files or addresses, is refused before it is parsed.
@@ -27,8 +31,11 @@ _BUFFER = 1 << 18
 _HEAD = 256  # packets from the first key packet on that are kept in any case
 
 
-def read_packets(source: BinaryIO, *, name: str, deadline: Deadline, keep: bool = True) -> PacketTable:
-    """Demultiplex `source` once. With `keep=False` only the first packets stay in memory: enough for a look.
+def read_packets(
+    source: BinaryIO, *, name: str, deadline: Deadline, keep: bool = True, mark: bool = False
+) -> PacketTable:
+    """Demultiplex `source` once. With `keep=False` only the first packets stay in memory: enough for a look. With
+    `mark=True` the table has a `PacketMark` of each packet.
 
     Raises:
         DecodeError: no known container, no video, damaged on the container level, impossible size, too slow.
@@ -54,7 +61,7 @@ def read_packets(source: BinaryIO, *, name: str, deadline: Deadline, keep: bool 
             f"{label(name)}: not a readable video file ({reason_of(err)}); mp4, mov, mkv, webm, avi and ts are."
         ) from err
     try:
-        return _table(container, name, deadline, keep)
+        return _table(container, name, deadline, keep, mark)
     except (av.error.FFmpegError, ValueError, OverflowError) as err:
         container.close()
         raise DecodeError(f"{label(name)}: the container is damaged ({reason_of(err)}).") from err
@@ -86,11 +93,13 @@ class _Demuxed:
     packets: list[Any] = field(default_factory=list)
     pts: list[int] = field(default_factory=list)
     ahead: list[int] = field(default_factory=list)  # by how much a packet is shown after it is decoded
+    decoded: list[int] = field(default_factory=list)
     duration: list[int] = field(default_factory=list)
     shown: list[bool] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)
     hidden_by_edits: int = 0
     closed_keys: bool = True
+    marks: list[PacketMark] = field(default_factory=list)
 
 
 def _packets(container: Any, stream: Any, name: str) -> Iterator[Any]:
@@ -100,7 +109,7 @@ def _packets(container: Any, stream: Any, name: str) -> Iterator[Any]:
         raise DecodeError(f"{label(name)}: a stream begins in it that its head does not name; it is damaged.") from err
 
 
-def _demux(container: Any, stream: Any, name: str, deadline: Deadline, keep: bool) -> _Demuxed:
+def _demux(container: Any, stream: Any, name: str, deadline: Deadline, keep: bool, mark: bool) -> _Demuxed:
     codec = stream.codec_context.codec.canonical_name
     extradata = bytes(stream.codec_context.extradata or b"")
     found = _Demuxed()
@@ -117,9 +126,11 @@ def _demux(container: Any, stream: Any, name: str, deadline: Deadline, keep: boo
                 f"{label(name)}: holds two pictures in one packet (DivX packed B-frames), so its frames cannot be "
                 "told apart; run ffmpeg -i IN -c copy -bsf:v mpeg4_unpack_bframes OUT first."
             )
-        if packet.is_keyframe:
+        if packet.is_keyframe and is_key(codec, extradata, memoryview(packet)):
             found.keys.append(count)
             found.closed_keys &= begins_afresh(codec, extradata, memoryview(packet))
+        elif packet.is_keyframe:
+            found.closed_keys = False  # readers that believe the container begin at it
         found.hidden_by_edits += packet.is_discard
         # Before the first key packet there is nothing to decode from.
         shown = not packet.is_discard and bool(found.keys) and shows_a_frame(codec, memoryview(packet))
@@ -127,7 +138,10 @@ def _demux(container: Any, stream: Any, name: str, deadline: Deadline, keep: boo
         found.pts.append(NO_TIME if packet.pts is None else packet.pts)
         if packet.pts is not None and packet.dts is not None:
             found.ahead.append(packet.pts - packet.dts)
+        found.decoded.append(NO_TIME if packet.dts is None else packet.dts)
         found.duration.append(packet.duration or 0)
+        if mark:
+            found.marks.append(PacketMark.of(packet))
         if keep or not found.keys or count - found.keys[0] < _HEAD:
             found.packets.append(packet)
         count += 1
@@ -146,10 +160,10 @@ def _demux(container: Any, stream: Any, name: str, deadline: Deadline, keep: boo
     return found
 
 
-def _table(container: Any, name: str, deadline: Deadline, keep: bool) -> PacketTable:
+def _table(container: Any, name: str, deadline: Deadline, keep: bool, mark: bool) -> PacketTable:
     stream = _video_stream(container, name)
     codec = stream.codec_context.codec.canonical_name
-    found = _demux(container, stream, name, deadline, keep)
+    found = _demux(container, stream, name, deadline, keep, mark)
     packets, pts, count = found.packets, found.pts, len(found.pts)
     keys = np.array(found.keys, dtype=np.int64)
     shown = np.array(found.shown, dtype=bool)
@@ -158,6 +172,8 @@ def _table(container: Any, name: str, deadline: Deadline, keep: bool) -> PacketT
         apart = [ahead for ahead in found.ahead if not 0 <= ahead * stream.time_base <= MAX_REORDER_SECONDS]
         if apart:
             raise DecodeError(f"{label(name)}: {len(apart)} of its {count} packets carry impossible times; damaged.")
+    if found.hidden_by_edits and NO_TIME not in pts:
+        pts = parts_in_turn(np.array(pts), np.array(found.decoded), np.array(found.duration), shown, keys).tolist()
     reorders = stream.codec_context.has_b_frames > 0
     ordered = is_ordered(pts, shown, guessed=container.format.name == "avi" and codec != "mpeg4" and reorders)
     shown_at = np.array(pts if ordered else range(count), dtype=np.int64)
@@ -171,13 +187,11 @@ def _table(container: Any, name: str, deadline: Deadline, keep: bool) -> PacketT
         if lost.any():
             shown &= ~lost | _decodable(stream, packets, keys[0], np.flatnonzero(lost)[-1], count)
 
-    position = np.flatnonzero(shown)
-    if len(position) == 0:
+    if not shown.any():
         raise DecodeError(f"{label(name)}: none of its {count} packets shows a frame.")
-    position = position[np.argsort(shown_at[position], kind="stable")]
-    rank = np.full(count, -1, dtype=np.int64)
-    rank[position] = np.arange(len(position))
-    for packet, index in zip(packets, rank.tolist(), strict=False):  # not all may be kept
+    order = PacketOrder.of(shown_at, shown, keys, ordered=ordered)
+    position = order.position
+    for packet, index in zip(packets, order.rank.tolist(), strict=False):  # not all may be kept
         packet.pts, packet.dts = (index if index >= 0 else None), None
 
     fps, timestamps = frame_rate(
@@ -194,23 +208,17 @@ def _table(container: Any, name: str, deadline: Deadline, keep: bool) -> PacketT
         raise DecodeError(f"{label(name)}: its times span {duration:g} s, expected at most {MAX_SECONDS} s.")
     return PacketTable(
         name=name,
-        container=container,
-        stream=stream,
-        packets=packets,
-        rank=rank,
-        position=position,
-        start=start_packets(shown_at, keys, position),
-        keys=keys,
-        ordered=ordered,
+        source=ContainerPackets(container, stream, packets),
+        order=order,
         fps=fps,
         duration=duration,
         timestamps=timestamps,
         hidden_by_edits=found.hidden_by_edits,
-        leading=leading,
         closed_keys=found.closed_keys,
         has_audio=len(container.streams.audio) > 0,
         format=container.format.name.split(",")[0],
         codec=codec,
+        marks=found.marks,
     )
 
 
@@ -229,7 +237,7 @@ def _decodable(stream: Any, packets: list[Any], first: int, last: int, count: in
     last = min(last, len(packets) - 1)
     for index in range(first, last + 1):
         packets[index].pts, packets[index].dts = index, None
-    context = open_codec(stream)
+    context = set_up(stream.codec_context)
     for packet in [*packets[first : last + 1], None]:
         try:
             frames = context.decode(packet)

@@ -9,8 +9,9 @@ import numpy as np
 
 from .errors import DecodeError
 
-_HD_LINES = 576  # untagged video above this height is BT.709, as players take it
+HD_LINES = 576  # untagged video above this height is BT.709, as players take it
 _UNTAGGED = 2  # AVCOL_SPC_UNSPECIFIED
+_CONVERTIBLE = (0, 1, _UNTAGGED, 3, 4, 5, 6, 7, 9)  # AVCOL_SPC_*: RGB, the standards of television, BT.2020
 _BT709, _BT601 = 1, 5  # SWS_CS_*; as numbers, because PyAV has no name for every one
 _METHOD = 0x2 | 0x40000 | 0x2000 | 0x80000  # SWS_BILINEAR, ACCURATE_RND, FULL_CHR_H_INT, BITEXACT
 
@@ -41,8 +42,8 @@ class Orientation:
         return self.mirror_x != self.mirror_y if not self.swap else self.mirror_x == self.mirror_y
 
     def apply(self, picture: np.ndarray) -> np.ndarray:
-        """uint8 [h, w, 3] as stored to contiguous uint8 [3, H, W] as shown."""
-        planes = picture.transpose(2, 1, 0) if self.swap else picture.transpose(2, 0, 1)
+        """uint8 [3, h, w] as stored to contiguous uint8 [3, H, W] as shown."""
+        planes = picture.transpose(0, 2, 1) if self.swap else picture
         if self.mirror_x:
             planes = planes[:, :, ::-1]
         if self.mirror_y:
@@ -50,15 +51,18 @@ class Orientation:
         return np.ascontiguousarray(planes)
 
 
-def orientation(frame: Any, name: str) -> Orientation:
-    """Read it from the display matrix of a decoded PyAV frame.
+_UPRIGHT = Orientation()
+
+
+def orientation(frame: Any, name: str, default: Orientation = _UPRIGHT) -> Orientation:
+    """Read it from the display matrix of a decoded PyAV frame; `default` where it carries none.
 
     Raises:
         DecodeError: the matrix turns by something other than quarter turns.
     """
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
-        return Orientation()
+        return default
     # Rows (a, b, u), (c, d, v), (x, y, w): a point (x, y) is shown at (a x + c y, b x + d y), y downwards.
     a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(matrix), dtype=np.int32)[:5])
     if a == b == c == d == 0:
@@ -73,15 +77,28 @@ def orientation(frame: Any, name: str) -> Orientation:
     )
 
 
-def to_rgb(frame: Any, size: tuple[int, int]) -> np.ndarray:
-    """A decoded PyAV picture as uint8 [height, width, 3] of `size` (width, height).
+def to_rgb(frame: Any, size: tuple[int, int], name: str = "") -> np.ndarray:
+    """A decoded PyAV picture as uint8 [3, height, width] RGB of `size` (width, height).
 
     Resizing and colour conversion are one pass of swscale: bilinear, with a filter that widens on reduction and so
     does not alias; full chroma; the same bits on every processor. Matrix and range are the stream's own; where it
-    names none, BT.709 above 576 lines and BT.601 below.
+    names none, BT.709 above 576 lines and BT.601 below. Planes, because swscale writes them three times as fast as
+    interleaved pixels, with the same bits, and they are what a model wants.
+
+    Raises:
+        DecodeError: the stream names a matrix that cannot be converted by, such as ICtCp.
     """
+    if frame.colorspace not in _CONVERTIBLE:
+        raise DecodeError(
+            f"{name or 'the video'}: its colours are in matrix number {int(frame.colorspace)} of H.273, which FFmpeg "
+            "does not turn into RGB; encode it anew in BT.709."
+        )
     matrix = None
     if frame.colorspace == _UNTAGGED:
-        matrix = _BT709 if frame.height > _HD_LINES else _BT601
-    rgb = frame.reformat(*size, format="rgb24", src_colorspace=matrix, interpolation=_METHOD, threads=1)
-    return rgb.to_ndarray()
+        matrix = _BT709 if frame.height > HD_LINES else _BT601
+    planes = frame.reformat(*size, format="gbrp", src_colorspace=matrix, interpolation=_METHOD, threads=1).planes
+    width, height = size
+    picture = np.empty((3, height, width), dtype=np.uint8)
+    for channel, plane in zip((1, 2, 0), planes, strict=True):  # stored as green, blue, red
+        picture[channel] = np.frombuffer(plane, dtype=np.uint8).reshape(-1, plane.line_size)[:height, :width]
+    return picture

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
+_CHECK_S = 1.0  # between two looks of a waiting thread at whether anybody still wants its work
+
 
 class _Shared(Generic[Item]):
     """What thread and consumer share. The thread holds no reference to the `ReadAhead` itself, so that an
-    abandoned one is collected and its thread ends."""
+    abandoned one is collected and its thread ends.
+
+    Queues, because they are one step for an interrupt, which may come anywhere: a semaphore takes several.
+    """
 
     def __init__(self, depth: int) -> None:
-        self.slots = threading.Semaphore(depth)
+        self.slots: SimpleQueue[None] = SimpleQueue()
+        for _ in range(depth):
+            self.slots.put(None)
         self.results: SimpleQueue[tuple[Item | None, BaseException | None]] = SimpleQueue()
         self.stopped = False
 
     def stop(self) -> None:
         self.stopped = True
-        self.slots.release()
+        self.slots.put(None)
 
 
 class ReadAhead(Generic[Item]):
@@ -35,9 +43,10 @@ class ReadAhead(Generic[Item]):
     def __init__(self, source: Iterable[Item], depth: int = 2) -> None:
         self._shared: _Shared[Item] = _Shared(depth)
         self._thread = threading.Thread(
-            target=_work, args=(source, self._shared), name="framestream-read-ahead", daemon=True
+            target=_work, args=(source, self._shared, weakref.ref(self)), name="framestream-read-ahead", daemon=True
         )
-        self._finalizer = weakref.finalize(self, _finish, self._shared, self._thread)
+        self._owner = os.getpid()
+        self._finalizer = weakref.finalize(self, _finish, self._shared, self._thread, self._owner)
         self._thread.start()
 
     def __iter__(self) -> Iterator[Item]:
@@ -48,27 +57,32 @@ class ReadAhead(Generic[Item]):
                 if isinstance(error, StopIteration):
                     return
                 raise error
-            self._shared.slots.release()
+            self._shared.slots.put(None)
             yield item  # type: ignore[misc]
 
     def close(self) -> None:
         """Stop the thread and wait for it; called again after an interrupt, wait again."""
+        _finish(self._shared, self._thread, self._owner)
         self._finalizer.detach()
-        _finish(self._shared, self._thread)
 
 
-def _work(source: Iterable[Item], shared: _Shared[Item]) -> None:
+def _work(source: Iterable[Item], shared: _Shared[Item], consumer: weakref.ref[ReadAhead[Item]]) -> None:
     iterator = iter(source)
     try:
-        _fill(iterator, shared)
+        _fill(iterator, shared, consumer)
     finally:
         if hasattr(iterator, "close"):  # now, not when somebody lets go of an error that holds its frames
             iterator.close()
 
 
-def _fill(iterator: Iterator[Item], shared: _Shared[Item]) -> None:
+def _fill(iterator: Iterator[Item], shared: _Shared[Item], consumer: weakref.ref[ReadAhead[Item]]) -> None:
     while True:
-        shared.slots.acquire()
+        try:
+            shared.slots.get(timeout=_CHECK_S)
+        except Empty:
+            if consumer() is None:  # it went without a word, because an interrupt came in between
+                return
+            continue
         if shared.stopped:
             return
         try:
@@ -78,7 +92,9 @@ def _fill(iterator: Iterator[Item], shared: _Shared[Item]) -> None:
             return
 
 
-def _finish(shared: _Shared[Item], thread: threading.Thread) -> None:
+def _finish(shared: _Shared[Item], thread: threading.Thread, owner: int) -> None:
+    if os.getpid() != owner:  # a fork has not inherited the thread
+        return
     shared.stop()
-    if thread is not threading.current_thread():
+    if thread is not threading.current_thread() and thread.ident is not None:  # else an interrupt came before it began
         thread.join()

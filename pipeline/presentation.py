@@ -22,6 +22,28 @@ def is_ordered(pts: list[int], shown: np.ndarray, *, guessed: bool) -> bool:
     return bool(not guessed and (times != NO_TIME).all() and len(np.unique(times)) == len(times))
 
 
+def parts_in_turn(
+    shown_at: np.ndarray, decoded_at: np.ndarray, duration: np.ndarray, shown: np.ndarray, keys: np.ndarray
+) -> np.ndarray:
+    """`shown_at` with each part that an edit list shows directly after the part before it.
+
+    An edit list may show several parts of a recording, in any order. FFmpeg gives the packets part by part, each from
+    a key packet on, but its times of two parts may overlap by the delay of B-frames.
+
+    Args:
+        decoded_at, duration: int64 [P]; the times of decoding go back exactly where a part begins.
+        shown: bool [P], packets that show a frame.
+    """
+    begins = keys[1:][decoded_at[keys[1:]] < decoded_at[keys[1:] - 1]].tolist()
+    shown_at = shown_at.copy()
+    for begin, end in zip(begins, [*begins[1:], len(shown)], strict=False):
+        before, part = np.flatnonzero(shown[:begin]), begin + np.flatnonzero(shown[begin:end])
+        if len(before) and len(part):
+            last = before[shown_at[before].argmax()]
+            shown_at[begin:end] += shown_at[last] + max(duration[last], 1) - shown_at[part].min()
+    return shown_at
+
+
 def leading_packets(shown_at: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """bool [P]: packets shown before the key packet that they follow. They may need the GOP before it."""
     last_key = np.searchsorted(keys, np.arange(len(shown_at)), side="right") - 1
@@ -41,7 +63,9 @@ def contradiction(codec: str, shown_at: np.ndarray, shown: np.ndarray, keys: np.
     if codec == "h264" and closed:
         if (leading_packets(shown_at, keys) & shown).any():
             return "frames are to be shown before the key frame that they follow"
-        late = keys[1:][np.maximum.accumulate(shown_at)[keys[1:] - 1] >= shown_at[keys[1:]]]
+        later = keys[1:][shown[keys[1:]]]
+        before = np.maximum.accumulate(np.where(shown, shown_at, NO_TIME))
+        late = later[before[later - 1] >= shown_at[later]]
         return f"frames before packet {late[0]}, which is a key frame, are to be shown after it" if len(late) else ""
     return ""
 

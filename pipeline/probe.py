@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from dataclasses import asdict, dataclass, fields
+import json
+import zlib
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .errors import DecodeError, SampleError
+from .video_index import VideoIndex
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class VideoInfo:
         timestamps: seconds from the first frame, one per frame; None where the rate is constant.
         has_audio: whether there is sound.
         pix_fmt: FFmpeg's name of the stored pixel format, "yuv420p".
+        packets: where the packets lie, which spares a decoder the look at the container; None where it has to look.
+            It is not compared: the same video in another file is the same video.
     """
 
     num_frames: int
@@ -41,6 +46,7 @@ class VideoInfo:
     timestamps: tuple[float, ...] | None = None
     has_audio: bool = False
     pix_fmt: str = ""
+    packets: VideoIndex | None = field(default=None, compare=False, repr=False)
 
     def times(self) -> np.ndarray:
         """Presentation times in seconds from the first frame: float64 [num_frames]."""
@@ -48,26 +54,31 @@ class VideoInfo:
             return np.arange(self.num_frames, dtype=np.float64) / self.fps
         return np.asarray(self.timestamps, dtype=np.float64)
 
+    def checksum(self) -> int:
+        """CRC-32 of everything but the packets."""
+        record = replace(self, packets=None).to_json()
+        return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON can hold them. `timestamps` is left out where the rate is constant."""
-        record = asdict(self)
+        """The fields as JSON can hold them. `timestamps` and `packets` are left out where they are None."""
+        record = {each.name: getattr(self, each.name) for each in fields(self)}
         record["key_frames"] = list(self.key_frames)
-        if self.timestamps is None:
-            del record["timestamps"]
-        else:
-            record["timestamps"] = list(self.timestamps)
-        return record
+        record["timestamps"] = None if self.timestamps is None else list(self.timestamps)
+        record["packets"] = None if self.packets is None else self.packets.to_json()
+        return {name: value for name, value in record.items() if value is not None}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> VideoInfo:
-        """Read what `to_json` wrote; other keys are left alone.
+        """Read what `to_json` wrote; other keys are left alone, and `packets` that are damaged or do not fit the rest
+        are passed over: the container says the same.
 
         Raises:
             SampleError: a field is missing, of the wrong type, or impossible.
         """
         if not isinstance(record, dict):
             raise SampleError(f"video metadata: expected a JSON object, got {type(record).__name__}.")
-        known = {field.name: record[field.name] for field in fields(cls) if field.name in record}
+        known = {each.name: record[each.name] for each in fields(cls) if each.name in record}
+        packets = known.pop("packets", None)
         missing = [key for key in ("num_frames", "fps", "duration", "width", "height", "codec") if key not in known]
         if missing:
             raise SampleError(f"video metadata: {', '.join(missing)} missing; probe the video again.")
@@ -97,7 +108,15 @@ class VideoInfo:
             raise SampleError(
                 f"video metadata: timestamps are not {info.num_frames} rising times; probe the video again."
             )
-        return info
+        return info if packets is None else info._with(packets)
+
+    def _with(self, packets: Any) -> VideoInfo:
+        try:
+            index = VideoIndex.from_json(packets)
+        except SampleError:
+            return self
+        # Rates and times are not seen in packets: an index stands for them, too, or it is not believed.
+        return replace(self, packets=index) if index.facts == self.checksum() else self
 
 
 def _is_count(value: Any, low: int = 0, high: int = 1 << 40) -> bool:
@@ -136,13 +155,16 @@ _EXPECTED = {
 }
 
 
-def probe_video(source: bytes | str | Path, *, name: str = "", timeout_s: float = 120.0) -> VideoInfo:
+def probe_video(
+    source: bytes | str | Path, *, name: str = "", timeout_s: float = 120.0, packets: bool = False
+) -> VideoInfo:
     """Look at a video: one pass over its packets, and its first key frame decoded for the size as displayed.
 
     Args:
         source: the bytes of the file, or its path.
         name: how errors call it; the path by default.
         timeout_s: give up after so long.
+        packets: find out where its packets lie, too, so that decoding need not look again; reads the whole file.
     Raises:
         DecodeError: there is no video in it, or none of which every frame could be had.
     """
@@ -150,32 +172,38 @@ def probe_video(source: bytes | str | Path, *, name: str = "", timeout_s: float 
         name = name or str(source)
         try:
             with open(source, "rb") as file:
-                return _probe(file, name, timeout_s)
+                return _probe(file, name, timeout_s, packets)
         except OSError as err:
             raise DecodeError(f"{name}: cannot be read ({err.strerror or err}).") from err
-    return _probe(io.BytesIO(source), name, timeout_s)
+    return _probe(io.BytesIO(source), name, timeout_s, packets)
 
 
-def _probe(source: BinaryIO, name: str, timeout_s: float) -> VideoInfo:
+def _probe(source: BinaryIO, name: str, timeout_s: float, packets: bool) -> VideoInfo:
+    from .indexed import with_index
     from .packet_table import Deadline
     from .packets import read_packets
 
     deadline = Deadline(timeout_s, name)
-    table = read_packets(source, name=name, deadline=deadline, keep=False)
+    table = read_packets(source, name=name, deadline=deadline, keep=False, mark=packets)
     try:
-        picture = table.first_picture(deadline)
+        frame = table.first_frame(deadline)
+        picture = table.picture_of(frame)
+        info = VideoInfo(
+            num_frames=table.num_frames,
+            fps=table.fps,
+            duration=table.duration,
+            width=picture.width,
+            height=picture.height,
+            codec=table.codec,
+            rotation=picture.rotation,
+            key_frames=tuple(table.key_frames.tolist()),
+            timestamps=None if table.timestamps is None else tuple(table.timestamps.tolist()),
+            has_audio=table.has_audio,
+            pix_fmt=picture.pix_fmt,
+        )
+        if packets:
+            source.seek(0)
+            info = with_index(source.read(), info, table, frame, deadline)
     finally:
         table.close()
-    return VideoInfo(
-        num_frames=table.num_frames,
-        fps=table.fps,
-        duration=table.duration,
-        width=picture.width,
-        height=picture.height,
-        codec=table.codec,
-        rotation=picture.rotation,
-        key_frames=tuple(table.key_frames.tolist()),
-        timestamps=None if table.timestamps is None else tuple(table.timestamps.tolist()),
-        has_audio=table.has_audio,
-        pix_fmt=picture.pix_fmt,
-    )
+    return info

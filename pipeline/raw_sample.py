@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from .cached import cached_property
 from .errors import ConfigError, SampleError
 from .shard_index import SAFE_EXTENSIONS, VIDEO_EXTENSIONS, video_member
 
 if TYPE_CHECKING:
     from .probe import VideoInfo
+    from .tar_member import StoredMember
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,14 @@ class RawSample:
     Attributes:
         key: the sample's key.
         shard: path or URL of its shard.
-        members: extension -> bytes, of the extensions that were asked for.
+        members: extension -> bytes, of the extensions that were asked for; a video may not have been read yet.
         cached: whether a remote shard was at hand when it was read; False where the read waited for its download,
             None for local shards.
     """
 
     key: str
     shard: str
-    members: Mapping[str, bytes] = field(repr=False)
+    members: Mapping[str, bytes | StoredMember] = field(repr=False)
     cached: bool | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -45,15 +46,33 @@ class RawSample:
 
     @property
     def video(self) -> bytes:
-        """The encoded video. Raises SampleError when there is none."""
-        return self.members[self.video_ext]
+        """The encoded video. Raises SampleError when there is none, or where it cannot be read."""
+        video = self.members[self.video_ext]
+        return video if isinstance(video, bytes) else video.read()
+
+    @property
+    def stored_video(self) -> StoredMember | None:
+        """The encoded video where it has not been read, else None. Raises SampleError when there is none."""
+        video = self.members[self.video_ext]
+        return None if isinstance(video, bytes) else video
+
+    def read(self) -> RawSample:
+        """The sample with all of its video read. Raises SampleError as `video`."""
+        if self.stored_video is None:
+            return self
+        return replace(self, members={**self.members, self.video_ext: self.video})
+
+    def content(self, ext: str) -> bytes:
+        """A member's bytes. Raises KeyError where there is none, SampleError where it cannot be read."""
+        member = self.members[ext]
+        return member if isinstance(member, bytes) else member.read()
 
     @cached_property
     def _meta(self) -> tuple[dict[str, Any], str]:
         if "json" not in self.members:
             return {}, f"sample {self.key!r} of {self.shard} has no .json"
         try:
-            meta = json.loads(self.members["json"])
+            meta = json.loads(self.content("json"))
         except (ValueError, RecursionError) as err:
             return {}, f"the .json of sample {self.key!r} of {self.shard} is damaged ({err})"
         if not isinstance(meta, dict):
@@ -74,11 +93,11 @@ class RawSample:
     def text(self) -> str:
         """The .txt (UTF-8, stripped), else the JSON's `text`, else ""."""
         if "txt" in self.members:
-            return self.members["txt"].decode("utf-8", "replace").strip()
+            return self.content("txt").decode("utf-8", "replace").strip()
         text = self.meta.get("text")
         return text if isinstance(text, str) else ""
 
-    @property
+    @cached_property
     def info(self) -> VideoInfo | None:
         """What the .json says of the video; None when it says too little, so that the video has to be probed."""
         from .probe import VideoInfo

@@ -8,7 +8,7 @@ model's sequence, and what has to be decoded for it: every source frame once, ho
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -21,6 +21,7 @@ MAX_FPS = 1e6
 
 Order = Literal["concat", "interleave", "time"]
 SlowCoverage = Literal["clip", "stride"]
+SlowSnap = Literal["keyframe"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +82,9 @@ class FastSlowSampling:
             "time" is by source frame. Ties put slow first. No order drops a frame.
         fps: count frames and strides on the clip resampled to this rate by its timestamps. A source frame is
             never counted twice, so a clip slower than `fps` keeps its own rate.
+        slow_snap: "keyframe" moves slow frames to the nearest key frame before the current moment, which decodes
+            alone; `frame_index` is then where they really are. A key frame takes in the nearest slow frame only, and
+            the others stay, so that frames never become one and keep their order.
 
     Raises:
         ConfigError: for counts or strides below 1, and unknown names.
@@ -93,12 +97,14 @@ class FastSlowSampling:
     slow_coverage: SlowCoverage = "clip"
     order: Order = "concat"
     fps: float | None = None
+    slow_snap: SlowSnap | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_fast", "num_slow", "fast_stride", "slow_stride"):
             _check_count(self, name)
         _check_choice(self, "slow_coverage", ("clip", "stride"))
         _check_choice(self, "order", ("concat", "interleave", "time"))
+        _check_choice(self, "slow_snap", (None, "keyframe"))
         _check_fps(self)
 
     @property
@@ -106,21 +112,34 @@ class FastSlowSampling:
         """F = num_slow + num_fast."""
         return self.num_slow + self.num_fast
 
-    def plan(self, num_frames: int, *, end: int | None = None, timestamps: np.ndarray | None = None) -> SamplingPlan:
+    def plan(
+        self,
+        num_frames: int,
+        *,
+        end: int | None = None,
+        timestamps: np.ndarray | None = None,
+        key_frames: Sequence[int] | None = None,
+    ) -> SamplingPlan:
         """Choose the frames of a clip.
 
         Args:
             num_frames: frames of the clip.
             end: the current moment: only frames before it are used. Default `num_frames`.
             timestamps: float `[num_frames]` seconds, ascending; needed when `fps` is set.
+            key_frames: indices of the clip's key frames, ascending; needed when `slow_snap` is set.
 
         Raises:
-            ConfigError: when `num_frames` or `end` are out of range, or timestamps are missing.
+            ConfigError: when `num_frames` or `end` are out of range, or timestamps or key frames are missing.
         """
         source = _usable_frames(self, num_frames, end, timestamps)
         t = len(source)
         fast, fast_valid = _strided_to_end(t, self.num_fast, self.fast_stride)
         slow, slow_valid = self._slow(t)
+        fast, slow = source[fast], source[slow]
+        if self.slow_snap is not None:
+            if key_frames is None:
+                raise ConfigError("sampling with slow_snap='keyframe' needs the key frames of the clip, got none.")
+            slow = snapped(slow, slow_valid, [key for key in key_frames if key <= source[-1]])
         index = np.concatenate([slow, fast])
         valid = np.concatenate([slow_valid, fast_valid])
         stream = self._concat_streams()
@@ -131,7 +150,7 @@ class FastSlowSampling:
             # Stable, and padding precedes its stream: a padded frame stays before the frame it repeats.
             by_time = np.argsort(index, kind="stable")
             index, valid, stream = index[by_time], valid[by_time], stream[by_time]
-        return _finish(source[index], stream, valid)
+        return _finish(index, stream, valid)
 
     def streams(self) -> np.ndarray:
         """uint8 `[F]`, the stream at each position. `order="time"` has no fixed answer: ConfigError."""
@@ -266,6 +285,32 @@ def _strided_to_end(t: int, count: int, stride: int) -> tuple[np.ndarray, np.nda
     return np.where(valid, index, index[valid][0]), valid
 
 
+def snapped(frames: np.ndarray, valid: np.ndarray, key_frames: Sequence[int]) -> np.ndarray:
+    """Move frames to key frames: each key frame takes in the nearest of the frames to which it is the nearest.
+
+    Args:
+        frames: int64 `[n]`, ascending; distinct where `valid`.
+        valid: bool `[n]`, False for padding in front, which repeats the first valid frame, before and after.
+        key_frames: ascending.
+
+    Returns:
+        int64 `[n]`, ascending, distinct where `valid`.
+    """
+    keys = np.asarray(key_frames, np.int64)
+    if not len(keys):
+        return frames
+    result = frames.copy()
+    after = np.searchsorted(keys, frames).clip(max=len(keys) - 1)
+    before = np.maximum(after - 1, 0)
+    nearest = np.where(np.abs(keys[after] - frames) < np.abs(frames - keys[before]), after, before)
+    distance = np.abs(keys[nearest] - frames)
+    for key in np.unique(nearest[valid]):
+        taken = np.flatnonzero(valid & (nearest == key))
+        result[taken[distance[taken].argmin()]] = keys[key]
+    result[~valid] = result[valid][0]
+    return result
+
+
 def _interleave_order(num_slow: int, num_fast: int) -> np.ndarray:
     # (k + 0.5) / n compared in integers: both sides times 2 * num_slow * num_fast.
     share = np.concatenate([(2 * np.arange(num_slow) + 1) * num_fast, (2 * np.arange(num_fast) + 1) * num_slow])
@@ -287,10 +332,11 @@ def _check_count(sampling: object, name: str) -> None:
         raise ConfigError(f"{type(sampling).__name__}: {name} must be a whole number >= 1, got {value!r}.")
 
 
-def _check_choice(sampling: object, name: str, choices: tuple[str, ...]) -> None:
+def _check_choice(sampling: object, name: str, choices: tuple[str | None, ...]) -> None:
     value = getattr(sampling, name)
     if value not in choices:
-        raise ConfigError(f"{type(sampling).__name__}: {name} must be one of {', '.join(choices)}, got {value!r}.")
+        expected = ", ".join(map(str, choices))
+        raise ConfigError(f"{type(sampling).__name__}: {name} must be one of {expected}, got {value!r}.")
 
 
 def _check_fps(sampling: Sampling) -> None:

@@ -35,7 +35,7 @@ from .shard_index import (
 from .shard_listing import ListedShard, Listing
 from .shard_paths import ShardsArgument, is_url, resolve
 from .shard_writer import ShardWriter
-from .tar_member import read_member
+from .tar_member import OpenFile, StoredMember
 
 __all__ = ["SAFE_EXTENSIONS", "VIDEO_EXTENSIONS", "RawSample", "ShardSet", "ShardWriter", "sample_from_members"]
 
@@ -157,22 +157,25 @@ class ShardSet:
         """Keys of one shard's samples in stored order."""
         return tuple(sample.key for sample in self._index(shard).samples)
 
-    def read(self, shard: int, sample: int, *, want: Collection[str] | None = None) -> RawSample:
+    def read(
+        self, shard: int, sample: int, *, want: Collection[str] | None = None, defer_video: bool = False
+    ) -> RawSample:
         """The bytes of one sample, read by offset.
 
         Args:
             shard: number of the shard.
             sample: number of the sample in it.
             want: extensions to read, `"video"` standing for the sample's video; default all but npy.
+            defer_video: leave the video of a local shard unread until `RawSample.video` or `stored_video` is asked for.
 
         Raises:
             ShardError: the shard cannot be opened or is another one than was indexed.
             SampleError: the shard ends early or holds something else at this place.
         """
         lease = self._lease(shard)
-        descriptor = self._local(shard) if lease is None else lease
+        file: OpenFile = self._local(shard) if lease is None else lease
         try:
-            return self._read(shard, sample, want, descriptor.descriptor, None if lease is None else lease.hit)
+            return self._read(shard, sample, want, file, lease, defer_video)
         finally:
             if lease is not None:
                 lease.close()
@@ -204,19 +207,27 @@ class ShardSet:
         return self._cache.limit_bytes
 
     def _read(
-        self, shard: int, sample: int, want: Collection[str] | None, descriptor: int, cached: bool | None
+        self,
+        shard: int,
+        sample: int,
+        want: Collection[str] | None,
+        file: OpenFile,
+        lease: Lease | None,
+        defer_video: bool,
     ) -> RawSample:
         path = self.paths[shard]
         entry = self._index(shard).samples[sample]
         wanted = set(entry.members) - {"npy"} if want is None else set(want)
         if "video" in wanted and (video := video_member(entry.members)) is not None:
             wanted.add(video)
-        members = {
-            ext: read_member(descriptor, path, entry.key, ext, offset, size)
-            for ext, (offset, size) in entry.members.items()
-            if ext in wanted
-        }
-        return RawSample(entry.key, path, members, cached)
+        members: dict[str, bytes | StoredMember] = {}
+        for ext, (offset, size) in entry.members.items():
+            if ext in wanted:
+                member = StoredMember(file, path, entry.key, ext, offset, size)
+                # The file of a lease is closed before the sample is used.
+                later = defer_video and lease is None and ext in VIDEO_EXTENSIONS
+                members[ext] = member if later else member.read()
+        return RawSample(entry.key, path, members, None if lease is None else lease.hit)
 
     def _lease(self, shard: int, *, over_limit: bool = True) -> Lease | None:
         """A lease on a remote shard for as long as it is read.

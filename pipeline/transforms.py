@@ -18,6 +18,7 @@ import torch
 
 from .errors import ConfigError, SampleError
 from .fields import check_fields, parse_field
+from .file_parts import FileParts
 from .health import ClipReport
 from .order import below, mix
 from .sampling import Sampling, SamplingPlan, make_sampling
@@ -25,6 +26,7 @@ from .sampling import Sampling, SamplingPlan, make_sampling
 if TYPE_CHECKING:
     from .probe import VideoInfo
     from .shards import RawSample
+    from .tar_member import StoredMember
 
 Crop = Literal["center", "random"]
 FrameHook = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
@@ -41,7 +43,7 @@ class ClipRequest:
 
     Attributes:
         key, shard, text, meta: of the sample.
-        video: the encoded video.
+        video: the encoded video: all of it, or only the packets that the plan needs, or not read yet, see `read`.
         info: what is known about it without decoding.
         plan: the frames to take.
         draw: 64 random bits of this sample; every random choice derives from them.
@@ -55,7 +57,7 @@ class ClipRequest:
     shard: str
     text: str
     meta: dict[str, Any]
-    video: bytes
+    video: bytes | FileParts | StoredMember
     info: VideoInfo
     plan: SamplingPlan
     draw: int
@@ -68,6 +70,21 @@ class ClipRequest:
     def name(self) -> str:
         """The sample as messages name it."""
         return f"{self.key} in {self.shard}" if self.shard else self.key
+
+    def read(self) -> None:
+        """Read what decoding will need of a video that has not been read yet. Takes as long as the storage takes.
+
+        Raises:
+            SampleError: it cannot be read.
+        """
+        from .indexed import needed_ranges
+
+        if isinstance(self.video, (bytes, FileParts)):
+            return
+        started = perf_counter()
+        ranges = needed_ranges(self.info, len(self.video), self.plan.unique.tolist())
+        self.video = self.video.read() if ranges is None else self.video.read_parts(ranges)
+        self.read_ms += (perf_counter() - started) * 1e3
 
 
 def draw_at(seed: int, epoch: int, position: int, attempt: int = 0) -> int:
@@ -90,6 +107,7 @@ class ClipTransform:
         image_size: S. The short side is resized to it, then the frame is cropped to a square.
         crop: "center", or "random" (drawn once per clip).
         decoder: a backend name, or "auto" for the best one that may run in a worker process.
+        fallback: the backend that takes over what `decoder` cannot decode; None rejects such samples.
         random_end: draw the current moment, evenly from the first one at which no frame of the plan is missing
             up to the end of the clip. Clips too short for that end where they end.
         transform: `hook(frames, generator) -> frames` on uint8 `[U, 3, S, S]`, the distinct frames of the clip
@@ -100,6 +118,8 @@ class ClipTransform:
             appear under the same name. A sample without one of them is rejected.
         timeout_s: seconds after which decoding one clip is given up.
         checksums: compare a video with the SHA-256 that its shard's metadata gives, where it does, before decoding it.
+            `pyav` compares the CRC-32 of every packet that it decodes where the metadata lists the packets, and then
+            leaves the rest of the file unread.
 
     Raises:
         ConfigError: for impossible settings, at once.
@@ -118,6 +138,7 @@ class ClipTransform:
         fields: Sequence[str] = (),
         timeout_s: float = 30.0,
         checksums: bool = True,
+        fallback: str | None = None,
     ) -> None:
         from .decode import choose_backend
 
@@ -133,6 +154,7 @@ class ClipTransform:
         self.sampling = make_sampling(sampling)
         self.image_size, self.crop = image_size, crop
         self.decoder, _ = choose_backend(decoder, "cpu" if decoder == "auto" else None)
+        self.fallback = None if fallback is None else choose_backend(fallback, "cpu")[0]
         self.random_end, self.transform, self.seed = random_end, transform, seed
         self.fields, self.timeout_s, self.checksums = check_fields(fields), timeout_s, checksums
 
@@ -144,8 +166,17 @@ class ClipTransform:
         """
         return self.clip(self.request(sample))
 
+    def reads_packets(self, sample: RawSample) -> bool:
+        """Whether some packets of the sample's video will do, each compared with its own checksum; else all of it is
+        needed. Raises SampleError where it has no video."""
+        from .indexed import usable_index
+
+        video = sample.stored_video or sample.video
+        return self.decoder == "pyav" and usable_index(sample.info, len(video)) is not None
+
     def request(self, sample: RawSample | Mapping[str, Any], *, draw: int | None = None) -> ClipRequest:
-        """Plan a sample without decoding it. `draw` defaults to a hash of the sample's key and the seed.
+        """Plan a sample without decoding it. `draw` defaults to a hash of the sample's key and the seed. A video that
+        has not been read yet is left so where its packets will do.
 
         Raises:
             SampleError: the sample has no usable video, or lacks one of the fields.
@@ -159,13 +190,14 @@ class ClipTransform:
         if draw is None:
             digest = blake2b(sample.key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
             draw = mix(self.seed, _KEY, int.from_bytes(digest, "little"))
-        video = sample.video
+        packets = self.reads_packets(sample)
+        video = (sample.stored_video if packets else None) or sample.video
         name = f"{sample.key} in {sample.shard}"
         info = sample.info
         if info is None:
-            info = probe_video(video, name=name)
-        elif self.checksums:
-            _check_sha256(video, sample.meta.get("sha256"), name)
+            info = probe_video(sample.video, name=name)
+        elif self.checksums and not packets:
+            _check_sha256(sample.video, sample.meta.get("sha256"), name)
         if info.num_frames > len(video):  # planning costs memory by frame, so it must not believe just anything
             raise SampleError(
                 f"{name}: its metadata says {info.num_frames} frames, more than the video "
@@ -175,7 +207,7 @@ class ClipTransform:
             key=sample.key,
             shard=sample.shard,
             text=sample.text,
-            meta=dict(sample.meta),
+            meta={name: value for name, value in sample.meta.items() if name != "packets"},
             video=video,
             info=info,
             plan=self._plan(info, draw),
@@ -195,6 +227,8 @@ class ClipTransform:
         """
         from .decode import open_decoder
 
+        request.read()
+        assert isinstance(request.video, (bytes, FileParts))
         plan, size = request.plan, self.image_size
         started = perf_counter()
         with open_decoder(
@@ -204,15 +238,16 @@ class ClipTransform:
             info=request.info,
             name=request.name,
             timeout_s=self.timeout_s,
+            fallback=self.fallback,
         ) as decoder:
             frames = decoder.frames_at(plan.unique.tolist())  # [U, 3, H, W]
             times = np.asarray(decoder.timestamps)
+            fallback: str = getattr(decoder, "fallback", "")
         decoded = perf_counter()
         frames = self._crop(frames, request)  # [U, 3, S, S]
         if self.transform is not None:
             frames = self._hooked(frames, request.draw)
-        gather = torch.from_numpy(plan.gather).to(frames.device)
-        frames = frames[gather]  # [F, 3, S, S]
+        frames = _gathered(frames, plan.gather)  # [F, 3, S, S]
         timing = {
             "read_ms": request.read_ms,
             "decode_ms": (decoded - started) * 1e3,
@@ -228,16 +263,17 @@ class ClipTransform:
             "text": request.text,
             "meta": request.meta,
             **request.fields,
-            "report": ClipReport(timing, request.without_meta, request.cached),
+            "report": ClipReport(timing, request.without_meta, request.cached, fallback=fallback),
         }
 
     def _plan(self, info: VideoInfo, draw: int) -> SamplingPlan:
-        times = info.times() if self.sampling.fps is not None else None
-        end = None
+        facts: dict[str, Any] = {"timestamps": info.times() if self.sampling.fps is not None else None}
+        if getattr(self.sampling, "slow_snap", None) is not None:  # a sampling of somebody's own need not know them
+            facts["key_frames"] = info.key_frames
         if self.random_end:
-            first = _first_full_end(self.sampling, info.num_frames, times)
-            end = first + below(mix(draw, _END), info.num_frames - first + 1)
-        return self.sampling.plan(info.num_frames, end=end, timestamps=times)
+            first = _first_full_end(self.sampling, info.num_frames, facts)
+            facts["end"] = first + below(mix(draw, _END), info.num_frames - first + 1)
+        return self.sampling.plan(info.num_frames, **facts)
 
     def _crop(self, frames: torch.Tensor, request: ClipRequest) -> torch.Tensor:
         size = self.image_size
@@ -265,6 +301,14 @@ class ClipTransform:
         return result
 
 
+def _gathered(frames: torch.Tensor, gather: np.ndarray) -> torch.Tensor:
+    """`frames[gather]`, contiguous. Through NumPy where it can be: PyTorch indexes bytes one by one, and with several
+    threads, which wait for one another where cores are few."""
+    if frames.device.type == "cpu":
+        return torch.from_numpy(np.ascontiguousarray(frames.numpy()[gather]))
+    return frames.index_select(0, torch.from_numpy(gather).to(frames.device))
+
+
 def _check_sha256(video: bytes, expected: Any, name: str) -> None:
     """Raise SampleError where the video is not the one that the metadata was written for. Damage can leave a stream
     decodable, and then nothing else tells."""
@@ -275,7 +319,7 @@ def _check_sha256(video: bytes, expected: Any, name: str) -> None:
         )
 
 
-def _first_full_end(sampling: Sampling, num_frames: int, times: np.ndarray | None) -> int:
+def _first_full_end(sampling: Sampling, num_frames: int, facts: Mapping[str, Any]) -> int:
     """The earliest moment at which the plan lacks no frame; the clip's end where there is none.
 
     A longer past never takes frames away, so bisection finds it.
@@ -283,7 +327,7 @@ def _first_full_end(sampling: Sampling, num_frames: int, times: np.ndarray | Non
     low, high = 1, num_frames
     while low < high:
         middle = (low + high) // 2
-        if sampling.plan(num_frames, end=middle, timestamps=times).valid.all():
+        if sampling.plan(num_frames, end=middle, **facts).valid.all():
             high = middle
         else:
             low = middle + 1

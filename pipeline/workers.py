@@ -116,7 +116,8 @@ class _Worker:
                 name=f"framestream-worker-{number}",
                 daemon=True,
             )
-            self.process.start()
+            with _no_collection():
+                self.process.start()
 
     def tell(self, ticket: int | None, content: Any) -> None:
         if ticket is not None:
@@ -163,6 +164,19 @@ class _Worker:
             names = {int(known): known.name for known in signal.Signals}
             return names.get(-code, f"signal {-code}")
         return f"exit status {code}"
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """A fork begins without garbage collection, until it has set aside what came with it: an object of a library that
+    another thread was using just then has its locks locked for ever, and taking it apart would wait for them."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 @dataclass
@@ -327,6 +341,7 @@ def _serve(work: Work, channel: socket.socket, watch: Watch, oldest: Any, parent
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler of the training process would have come with a fork
     leave_with_parent(parent)
     gc.freeze()  # what a fork has left here is no garbage, and looking through it would copy all of its pages
+    gc.enable()
     torch.set_num_threads(1)
     seed = (torch.initial_seed() + number) & (
         (1 << 63) - 1

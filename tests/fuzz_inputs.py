@@ -41,8 +41,9 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "av1 mp4": (".mp4", {"codec": "av1"}),
 }
 
-# What the JSON beside a video holds: ours; ours without the checksum of the video; there is none.
-MODES = ("checksum", "metadata", "foreign")
+# What the JSON beside a video holds: ours; ours without its packets; also without its checksum; there is none.
+MODES = ("packets", "checksum", "metadata", "foreign")
+_LACKING = {"packets": (), "checksum": ("packets",), "metadata": ("packets", "sha256")}
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Input:
 def clip(source: str, num_frames: int = FRAMES) -> tuple[bytes, dict[str, Any]]:
     """(bytes, our metadata) of a sound clip."""
     data = encode(source, num_frames)
-    return data, {**probe_video(data).to_json(), "sha256": hashlib.sha256(data).hexdigest()}
+    return data, {**probe_video(data, packets=True).to_json(), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def encode(source: str, num_frames: int = FRAMES) -> bytes:
@@ -100,9 +101,9 @@ def bytes_inputs(source: str, mode: str) -> Iterable[Input]:
     """Damaged videos; `json` is right for the video as it was, or not there."""
     data, info = clip(source)
     suffix = SOURCES[source][0]
-    if mode == "metadata":
-        info = {key: value for key, value in info.items() if key != "sha256"}
-    text = None if mode == "foreign" else json.dumps(info).encode()
+    text = None
+    if mode != "foreign":
+        text = json.dumps({key: value for key, value in info.items() if key not in _LACKING[mode]}).encode()
     for kind in KINDS:
         for seed in SEEDS:
             name = f"{kind.replace(' ', '-')}-{seed:03d}"

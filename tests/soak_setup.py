@@ -28,7 +28,7 @@ def tiny_set(folder: Path, shards: int, samples_per_shard: int, bad: int = 0) ->
     samples that are no video, after its good ones.
     """
     data = video_bytes(num_frames=4, size=(64, 48), gop=4, b_frames=0)
-    info = probe_video(data).to_json()
+    info = probe_video(data, packets=True).to_json()
     with ShardWriter(folder / "whole", samples_per_shard=samples_per_shard) as writer:
         for kind in ("bad", "good"):
             for number in range(samples_per_shard):

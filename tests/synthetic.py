@@ -103,6 +103,8 @@ def _encoder_options(codec: str, gop: int, b_frames: int, open_gop: bool, extra:
         return {"deadline": "realtime", "cpu-used": "8", "crf": "20", "b": "1M", "g": str(gop)}
     if codec == "av1":
         return {"preset": "8", "crf": "12", "svtav1-params": f"keyint={gop}:lp=1"}
+    if codec == "dnxhd":
+        return {"profile": "dnxhr_lb"}
     options = {"g": str(gop), "q": "3", "flags": "+qscale"}
     return {**options, "bf": str(b_frames)} if codec == "mpeg4" else options
 
@@ -111,6 +113,7 @@ def make_video(
     path: str | Path,
     *,
     num_frames: int = 48,
+    first_index: int = 0,
     fps: Fraction | int = 24,
     size: tuple[int, int] = (160, 96),
     codec: str = "h264",
@@ -119,6 +122,7 @@ def make_video(
     pix_fmt: str = "yuv420p",
     vfr: bool = False,
     rotation: int = 0,
+    mirrored: bool = False,
     audio: bool = False,
     open_gop: bool = False,
     fragmented: bool = False,
@@ -128,10 +132,12 @@ def make_video(
     """Write a video whose frame i carries the index i, and return its path. The container follows the suffix.
 
     Args:
+        first_index: frame i carries the index `first_index + i`.
         size: (width, height) as displayed, that is after `rotation`.
         b_frames: at most so many B-frames in a row (h264, hevc, mpeg4).
         vfr: irregular presentation times, see `vfr_ticks`.
-        rotation: degrees clockwise that a player has to turn the stored picture (mp4, mov).
+        rotation: degrees clockwise that a player has to turn the stored picture (mp4, mov, mkv, webm).
+        mirrored: pictures are stored mirrored left to right, and nothing says so.
         extra: further x264/x265 parameters, with a leading colon.
     """
     path = Path(path)
@@ -154,7 +160,7 @@ def make_video(
             stream.set_display_rotation(-rotation)  # FFmpeg counts counter-clockwise
         sound: Any = container.add_stream("aac", rate=16000, layout="mono") if audio else None
         for index, time in enumerate(times):
-            picture = np.rot90(draw_frame(index, size), k=rotation // 90)
+            picture = np.rot90(draw_frame(first_index + index, size), k=rotation // 90)[:, :: -1 if mirrored else 1]
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             frame.pts = time * ticks // 4
             frame.time_base = 1 / (fps * ticks)

@@ -18,7 +18,7 @@ VARIANTS = (6, 12, 16)  # GOP lengths of the distinct clips
 def small_video(variant: int, num_frames: int, size: tuple[int, int], suffix: str) -> tuple[bytes, dict[str, Any]]:
     """(bytes, metadata) of a clip whose frame i carries the index i."""
     data = video_bytes(suffix, num_frames=num_frames, size=size, gop=VARIANTS[variant % len(VARIANTS)], b_frames=0)
-    return data, probe_video(data).to_json()
+    return data, probe_video(data, packets=True).to_json()
 
 
 def clip_key(number: int) -> str:

@@ -35,7 +35,11 @@ def tiny_video(number: int) -> bytes:
 def tiny_meta(number: int) -> dict[str, Any]:
     """What a writer knows of `tiny_video(number)`."""
     data = tiny_video(number)
-    return {**probe_video(data).to_json(), "sha256": hashlib.sha256(data).hexdigest(), "text": f"clip {number}"}
+    return {
+        **probe_video(data, packets=True).to_json(),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "text": f"clip {number}",
+    }
 
 
 @cache

@@ -244,19 +244,3 @@ def test_the_next_window_is_fetched_ahead(bucket: str, tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob("*.tar"))) == 2
     assert len(list(loop)) == 12
     assert len(list(tmp_path.rglob("*.tar"))) == 3
-
-
-# -- on a GPU --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_gpu_machine_streams_the_same_frames(damaged: Path, num_workers: int) -> None:
-    """With a GPU decoder in the training process where there is one, else with the CPU's in the workers."""
-    settings: dict[str, Any] = {"max_reject_share": 1.0, "pin_memory": True, "num_workers": num_workers}
-    loader, reference = make_loader(damaged, **settings), make_loader(damaged, decoder="pyav")
-    for _ in range(2):
-        for batch, expected in zip(loader, reference, strict=True):
-            assert batch["keys"] == expected["keys"]
-            for row, frames in enumerate(batch["video_frames"]):
-                assert read_indices(frames) == expected["frame_index"][row].tolist()

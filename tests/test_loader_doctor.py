@@ -29,6 +29,7 @@ def seen(read: float = 1, decode: float = 1, transform: float = 1, transfer: flo
     ("case", "limit", "said"),
     [
         (seen(decode=40, gop=250), "decode", "key frame every 250 frames.*--gop 16"),
+        (seen(decode=40, could_snap=True), "decode", "slow_snap: keyframe"),
         (seen(decode=40, short_side=1080), "decode", "1080 pixels.*model sees 224.*--short-side 224"),
         (seen(decode=40, cores=8), "decode", "2 worker.* on 8 cores: try --data.workers 8"),
         (seen(decode=40, workers=8), "decode", "8 workers share 2 cores"),

@@ -186,3 +186,63 @@ def test_make_sampling_reads_every_field():
     spec = {"kind": "fast_slow", "num_fast": 3, "num_slow": 2, "fast_stride": 2, "order": "time", "fps": 8.0}
     assert make_sampling(spec) == FastSlowSampling(3, 2, 2, order="time", fps=8.0)
     assert make_sampling(DenseSampling(4)) == DenseSampling(4)
+
+
+def test_slow_frames_snap_to_key_frames() -> None:
+    sampling = FastSlowSampling(num_fast=2, num_slow=4, slow_snap="keyframe")
+    plan = sampling.plan(64, key_frames=range(0, 64, 12))
+    assert plan.frame_index.tolist() == [0, 12, 36, 48, 62, 63]  # from 0, 16, 32, 48
+    assert plan.unique.tolist() == [0, 12, 36, 48, 62, 63]
+    assert plan.valid.all()
+    off = FastSlowSampling(num_fast=2, num_slow=4).plan(64, key_frames=range(0, 64, 12))
+    assert off.frame_index.tolist() == [0, 16, 32, 48, 62, 63]
+
+
+def test_a_key_frame_takes_in_one_slow_frame_and_the_others_stay() -> None:
+    plan = FastSlowSampling(num_fast=1, num_slow=4, slow_snap="keyframe").plan(64, key_frames=[0, 30])
+    assert plan.frame_index.tolist() == [0, 16, 30, 48, 63]
+
+
+def test_no_slow_frame_snaps_beyond_the_current_moment() -> None:
+    plan = FastSlowSampling(num_fast=1, num_slow=4, slow_snap="keyframe").plan(64, end=50, key_frames=[0, 39, 50, 60])
+    assert plan.frame_index.tolist() == [0, 12, 25, 39, 49]  # from 0, 12, 25, 37
+
+
+@given(
+    length=st.integers(1, 300),
+    end_share=st.floats(0.01, 1),
+    keys=st.sets(st.integers(1, 299)),
+    num_slow=st.integers(1, 12),
+    coverage=st.sampled_from(["clip", "stride"]),
+    order=st.sampled_from(["concat", "interleave", "time"]),
+    fps=st.sampled_from([None, 7.0]),
+)
+def test_snapping_keeps_number_order_and_meaning(length, end_share, keys, num_slow, coverage, order, fps) -> None:
+    end = max(1, round(length * end_share))
+    key_frames = [0, *sorted(key for key in keys if key < length)]
+    options = {"num_fast": 3, "num_slow": num_slow, "slow_coverage": coverage, "order": order, "fps": fps}
+    facts = {"end": end, "timestamps": np.arange(length) / 24}
+    plain = FastSlowSampling(**options).plan(length, **facts)
+    plan = FastSlowSampling(**options, slow_snap="keyframe").plan(length, **facts, key_frames=key_frames)
+    assert sorted(zip(plan.stream, plan.valid, strict=True)) == sorted(zip(plain.stream, plain.valid, strict=True))
+    np.testing.assert_array_equal(plan.frame_index[plan.stream == 1], plain.frame_index[plain.stream == 1])
+    slow = plan.frame_index[(plan.stream == 0) & plan.valid]
+    before = plain.frame_index[(plain.stream == 0) & plain.valid]
+    assert (np.diff(slow) > 0).all()
+    assert slow.max() < end
+    reachable = np.array([key for key in key_frames if key < end])
+    for here, there in zip(before, slow, strict=True):
+        assert there == here or (there in key_frames and abs(there - here) == np.abs(reachable - here).min())
+    # No key frame is left unused by a slow frame to which it is the nearest.
+    for here in before[[index not in slow or index in key_frames for index in before]]:
+        nearest = reachable[np.abs(reachable - here) == np.abs(reachable - here).min()]
+        assert set(nearest) & set(slow)
+    padding = plan.frame_index[(plan.stream == 0) & ~plan.valid]
+    assert set(padding) <= {slow[0]}
+
+
+def test_snapping_needs_the_key_frames() -> None:
+    with pytest.raises(ConfigError, match="needs the key frames"):
+        FastSlowSampling(slow_snap="keyframe").plan(64)
+    with pytest.raises(ConfigError, match="slow_snap must be one of None, keyframe, got 'nearest'"):
+        FastSlowSampling(slow_snap="nearest")

@@ -158,10 +158,13 @@ def test_a_video_that_does_not_decode_is_found_by_decoding_all(tmp_path: Path) -
     data = bytearray(video)
     begin = data.index(b"mdat") + 2000
     data[begin : begin + 600] = bytes(600)
-    with ShardWriter(tmp_path) as writer:
-        writer.write("hole", bytes(data), meta=info)
-    assert problems(tmp_path, "none") == ""
-    assert "sample 'hole' does not decode" in problems(tmp_path, "all")
+    without = {name: value for name, value in info.items() if name != "packets"}
+    for folder, meta in (("a", info), ("b", without)):
+        with ShardWriter(tmp_path / folder) as writer:
+            writer.write("hole", bytes(data), meta=meta)
+    assert "sample 'hole' has packets other than its .json says" in problems(tmp_path / "a", "none")
+    assert problems(tmp_path / "b", "none") == ""
+    assert "sample 'hole' does not decode" in problems(tmp_path / "b", "all")
 
 
 def test_splits_are_checked_together_and_exit_codes(

@@ -167,7 +167,7 @@ def _video(seed: int) -> tuple[bytes, dict[str, Any]]:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
     data = file.getvalue()
-    return data, {**probe_video(data).to_json(), "sha256": hashlib.sha256(data).hexdigest()}
+    return data, {**probe_video(data, packets=True).to_json(), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _multiply(folder: Path, count: int) -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 from framestream.pipeline.cache import default_cache_dir
 from framestream.pipeline.decode import available_backends, choose_backend
 from framestream.pipeline.errors import ConfigError
+from framestream.pipeline.video_engine import video_engine
 
 from .results import versions
 
@@ -61,6 +62,7 @@ def doctor(console: Console) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     console.print(f"\n[bold]Device[/]: {', '.join(names) if names else 'the CPU; torch sees no CUDA device'}")
+    console.print(f"[bold]Video engine[/]: {escape(_video_engine())}")
     console.print(f"[bold]Threads[/]: {torch.get_num_threads()} for torch")
 
     table = Table(title="\nVideo decoders", title_justify="left", show_header=False)
@@ -77,6 +79,15 @@ def doctor(console: Console) -> int:
     console.print(f"[bold]Cache[/]: {cache}, {shutil.disk_usage(place).free / 1e9:.0f} GB free")
     console.print(f"[bold]Here[/]: {Path.cwd()}, {shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB free")
     return 0
+
+
+def _video_engine() -> str:
+    """Whether NVDEC can be used, by itself: whatever the readers say that need it."""
+    found = video_engine(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    if found.why_not:
+        return f"not visible: {found.why_not}"
+    count = f"{found.engines} NVDEC" if found.engines else "NVDEC"
+    return f"{count}; decodes {', '.join(found.formats)}"
 
 
 def _version(name: str, extra: str) -> str:

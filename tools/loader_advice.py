@@ -29,6 +29,7 @@ class Examination:
         misses: share of remote clips that had to wait for a download.
         gop: frames from key frame to key frame, mean over the clips seen; 0 where unknown.
         short_side: of the videos, median in pixels; 0 where unknown.
+        could_snap: the sampling has slow frames that may move to key frames, and do not.
         image_size: pixels that the model sees.
         bytes_per_clip: of a batch's tensors.
         floats: frames are delivered as floats.
@@ -50,6 +51,7 @@ class Examination:
     misses: float = 0.0
     gop: float = 0.0
     short_side: float = 0.0
+    could_snap: bool = False
     image_size: int = 224
     bytes_per_clip: float = 0.0
     floats: bool = False
@@ -114,6 +116,11 @@ def _decode(seen: Examination) -> list[str]:
         said.append(
             f"The videos are {seen.short_side:.0f} pixels on their short side and the model sees {seen.image_size}: "
             f"write the shards anew with `framestream shard --short-side {seen.image_size}`."
+        )
+    if seen.could_snap:
+        said.append(
+            "If slow frames may stand at the nearest key frame instead, they decode alone: `slow_snap: keyframe` in "
+            "data.sampling."
         )
     if seen.gpu and seen.decode_on == "workers":
         said.append("A GPU is here: `framestream doctor` says which GPU decoder could be used, and what it needs.")

@@ -18,6 +18,7 @@ from framestream.model.evaluate import move_batch
 from framestream.model.ranks import pick_device
 from framestream.pipeline.clip_loader import ClipLoader
 from framestream.pipeline.errors import ConfigError
+from framestream.pipeline.sampling import FastSlowSampling, make_sampling
 from framestream.pipeline.shard_paths import is_url
 
 from .config import TrainConfig
@@ -90,6 +91,7 @@ def _run(loader: ClipLoader, config: TrainConfig, device: torch.device, seconds:
     means = {name: max(0.0, total) / clips for name, total in deltas.items()}
     means["device_ms"] = device_s * 1e3 / clips
     hits = after["cache_hits"] + after["cache_misses"]
+    sampling = make_sampling(config.sampling())
     shards = config.data.shards
     places = [part["shards"] for part in shards.values()] if isinstance(shards, dict) else [shards]
     return Examination(
@@ -106,6 +108,7 @@ def _run(loader: ClipLoader, config: TrainConfig, device: torch.device, seconds:
         misses=after["cache_misses"] / hits if hits else 0.0,
         gop=statistics.mean(gops) if gops else 0.0,
         short_side=statistics.median(sides) if sides else 0.0,
+        could_snap=isinstance(sampling, FastSlowSampling) and sampling.slow_snap is None,
         image_size=config.data.image_size,
         bytes_per_clip=size / clips,
         floats=floats,

@@ -240,8 +240,10 @@ def _check(config: TrainConfig, device: torch.device) -> None:
     rule, window = config.mask()
     options = {"window_size": window} if rule == "sliding_window" else {}
     for length in (sampling.num_frames, 1000):
-        times = np.arange(length) / 30
-        layout = FrameLayout.from_plan(sampling.plan(length, timestamps=times), 1)
+        facts: dict[str, Any] = {"timestamps": np.arange(length) / 30}
+        if isinstance(sampling, FastSlowSampling):
+            facts["key_frames"] = range(length)
+        layout = FrameLayout.from_plan(sampling.plan(length, **facts), 1)
         if own_mask(config.model.reconstruction(), layout).patterns != make_mask(rule, layout, **options).patterns:
             said = f"mask {config.model.mask}" if config.model.mask else "use_frame_causal_mask false"
             raise ConfigError(

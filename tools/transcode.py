@@ -86,7 +86,7 @@ def make_clip(task: ClipTask) -> MadeClip:
     else:
         decoder = _open(clip.source, task.info, task.encoding.short_side)
         video, ext = encode(decoder, task.info, clip.frames or (0, task.info.num_frames), task.encoding, name), "mp4"
-    info = probe_video(video, name=name)
+    info = probe_video(video, name=name, packets=True)
     meta = {
         **info.to_json(),
         "source": clip.source.source,

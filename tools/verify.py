@@ -201,7 +201,7 @@ def _sample_problems(sample: RawSample, decode: Decode) -> Iterator[str]:
     if recorded is not None and recorded != hashlib.sha256(sample.video).hexdigest():
         yield f"has a .{sample.video_ext} whose sha256 is not the one in its .json: its bytes have changed."
     try:
-        info = probe_video(sample.video, name=sample.key)
+        info = probe_video(sample.video, name=sample.key, packets=True)
     except SampleError as err:
         yield f"has no readable video: {err}"
         return
@@ -213,6 +213,8 @@ def _sample_problems(sample: RawSample, decode: Decode) -> Iterator[str]:
         for name in _CHECKED:
             if getattr(claimed, name) != getattr(info, name):
                 yield f"has {name} {getattr(info, name)}, its .json says {getattr(claimed, name)}."
+        if "packets" in sample.meta and (claimed.packets is None or not claimed.packets.same_packets(info.packets)):
+            yield "has packets other than its .json says: its bytes have changed, or its .json is damaged there."
     if decode != "none":
         yield from _decode_problems(sample, info, decode)
 

@@ -1,0 +1,110 @@
+"""Where a decoder's packets come from: a container that was walked through, or a file whose index is known.
+
+Both open the decoder alike: one thread, and an error rather than a concealed picture wherever it notices one.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, Protocol
+
+from .errors import DecodeError
+from .file_parts import FileParts
+from .picture import Orientation
+from .video_index import DECODERS, VideoIndex
+
+MAX_PIXELS = 1 << 26
+
+
+class PacketSource(Protocol):
+    """The packets of one video, by their place in decoding order.
+
+    Attributes:
+        turn: how the container wants pictures laid where the pictures themselves do not say it.
+    """
+
+    turn: Orientation
+
+    def packet(self, position: int) -> Any:
+        """A PyAV packet whose `pts` is the frame that it shows, None for a hidden one. Raises DecodeError."""
+        ...
+
+    def codec(self) -> Any:
+        """The decoder, open; the same one each time."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def set_up(context: Any) -> Any:
+    """Open a codec context with our settings, once."""
+    if not context.is_open:
+        context.thread_count = 1
+        context.thread_type = "NONE"
+        context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
+    return context
+
+
+class ContainerPackets:
+    """Packets kept from one pass over an open container; frames carry the container's display matrix themselves."""
+
+    turn = Orientation()
+
+    def __init__(self, container: Any, stream: Any, packets: list[Any]) -> None:
+        self.container, self.stream, self.packets = container, stream, packets
+
+    def packet(self, position: int) -> Any:
+        return self.packets[position]
+
+    def codec(self) -> Any:
+        return set_up(self.stream.codec_context)
+
+    def close(self) -> None:
+        self.packets = []
+        self.container.close()
+
+
+class IndexedPackets:
+    """Packets cut out of a file by its index, each compared with its CRC-32 before it is used.
+
+    Args:
+        codec: FFmpeg's name of the codec, one of `DECODERS`.
+    """
+
+    def __init__(self, data: bytes | FileParts, index: VideoIndex, codec: str, name: str) -> None:
+        import av
+
+        self.turn = index.turn
+        self._data = data if isinstance(data, FileParts) else FileParts(len(data), [(0, data)])
+        self._name = name
+        self._rank = index.packet_order.rank.tolist()
+        self._offset, self._size, self._crc = index.offset.tolist(), index.size.tolist(), index.crc.tolist()
+        context: Any = av.CodecContext.create(DECODERS[codec], "r")
+        context.extradata = index.extradata or None
+        context.reorder_depth = index.reorder
+        context.color_range, context.color_primaries, context.color_trc, context.colorspace = index.colour
+        self._context = context
+
+    def packet(self, position: int) -> Any:
+        import av
+
+        start = self._offset[position]
+        try:
+            body = self._data.cut(start, self._size[position])
+        except KeyError as err:
+            raise DecodeError(f"{self._name or 'the video'}: packet {position} was not read ({err.args[0]}).") from err
+        if zlib.crc32(body) != self._crc[position]:
+            raise DecodeError(
+                f"{self._name or 'the video'}: packet {position} ({len(body)} bytes at {start}) is not what it was "
+                "when the shard was written: the video was damaged or replaced since. Write the shard again."
+            )
+        packet: Any = av.Packet(body)  # type: ignore[arg-type]  # any buffer will do
+        rank = self._rank[position]
+        packet.pts = rank if rank >= 0 else None
+        return packet
+
+    def codec(self) -> Any:
+        return set_up(self._context)
+
+    def close(self) -> None:
+        self._data = FileParts(0, [])
