@@ -65,6 +65,8 @@ class PyAVDecoder:
         self.key_frames = self.table.key_frames
         self._stored: tuple[int, int] | None = None
         self._laid: Orientation | None = None
+        self._rows: dict[int, int] = {}  # frame -> row of `_frames`
+        self._frames: np.ndarray | None = None  # uint8 [n, 3, H, W], while they are being decoded
 
     def frames_at(self, indices: Sequence[int]) -> torch.Tensor:
         """The frames at `indices`: uint8 [n, 3, H, W] RGB, in the order asked, repeats allowed.
@@ -75,12 +77,15 @@ class PyAVDecoder:
         """
         wanted, gather = np.unique(check_indices(indices, self.num_frames, self.name), return_inverse=True)
         deadline = Deadline(self.timeout_s, self.name)
-        pictures: dict[int, np.ndarray] = {}
+        self._rows, self._frames = {index: row for row, index in enumerate(wanted.tolist())}, None
         for run in self.table.order.runs(wanted.tolist()):
-            self._collect(run, pictures, deadline)
-        return torch.from_numpy(np.stack([pictures[int(index)] for index in wanted[gather]]))
+            self._collect(run, deadline)
+        frames, self._frames = self._frames, None
+        assert frames is not None
+        in_order = len(gather) == len(wanted) and bool((np.diff(gather) > 0).all())
+        return torch.from_numpy(frames if in_order else frames[gather])
 
-    def _collect(self, run: Run, pictures: dict[int, np.ndarray], deadline: Deadline) -> None:
+    def _collect(self, run: Run, deadline: Deadline) -> None:
         """Decode a run, and from an earlier key packet on where that was not enough.
 
         Some streams mark packets as key that only begin a gradual refresh, after which pictures are complete.
@@ -91,21 +96,21 @@ class PyAVDecoder:
             if earlier:
                 run = order.run_from(int(order.keys[max(0, key - earlier)]), run.frames)
             try:
-                pictures.update(self._decode(run, deadline))
+                self._decode(run, deadline)
                 return
             except DecodeError:
                 deadline.check()
                 if self.table.closed_keys or not order.ordered or key - earlier <= 0 or earlier == 4:
                     raise
 
-    def _decode(self, run: Run, deadline: Deadline) -> dict[int, np.ndarray]:
+    def _decode(self, run: Run, deadline: Deadline) -> None:
         """Decode one run. Damage anywhere in it is an error: frames after it may build on it without a sign of it."""
         import av
 
         table, wanted, ordered = self.table, set(run.frames), self.table.ordered
         context = table.source.codec()
         self.stats.runs += 1
-        found: dict[int, np.ndarray] = {}
+        found: set[int] = set()
         expected: set[int] = set(run.frames)
         came: dict[int, None] = {}  # in the order in which they came
         try:
@@ -133,11 +138,8 @@ class PyAVDecoder:
                 f"{label(self.name)}: {len(missing)} frames did not come out of the decoder, "
                 f"frame {missing[0]} first; the packets on the way to it are damaged."
             )
-        return found
 
-    def _keep(
-        self, frames: Iterable[Any], came: dict[int, None], wanted: set[int], found: dict[int, np.ndarray]
-    ) -> None:
+    def _keep(self, frames: Iterable[Any], came: dict[int, None], wanted: set[int], found: set[int]) -> None:
         """Convert those of `frames` that are wanted, and note which ones came. They come as they are to be shown."""
         for frame in frames:
             # Where the container does not order its frames, the order in which they come does.
@@ -154,10 +156,11 @@ class PyAVDecoder:
                 )
             came[index] = None
             if index in wanted and index not in found:
-                found[index] = self._convert(frame, index)
+                found.add(index)
+                self._convert(frame, index)
 
-    def _convert(self, frame: Any, index: int) -> np.ndarray:
-        """uint8 [3, H, W] RGB, resized and turned as a player shows it."""
+    def _convert(self, frame: Any, index: int) -> None:
+        """Write a frame to its row: RGB, resized and turned as a player shows it."""
         size = (frame.width, frame.height)
         if self._stored not in (None, size):
             raise DecodeError(
@@ -171,7 +174,15 @@ class PyAVDecoder:
         if self._laid not in (None, laid):
             raise DecodeError(f"{label(self.name)}: frame {index} is turned otherwise than others; split it there.")
         self._laid = laid
-        return laid.apply(to_rgb(frame, fit_short_side(*size, self.short_side), self.name))
+        width, height = fit_short_side(*size, self.short_side)
+        if self._frames is None:  # once for all, because fresh memory costs more than what is written to it
+            shown = (width, height) if laid.swap else (height, width)
+            self._frames = np.empty((len(self._rows), 3, *shown), dtype=np.uint8)
+        row = self._frames[self._rows[index]]
+        if laid == Orientation():
+            to_rgb(frame, (width, height), self.name, out=row)
+        else:
+            row[:] = laid.apply(to_rgb(frame, (width, height), self.name))
 
     def close(self) -> None:
         self.table.close()

@@ -88,7 +88,8 @@ class FallbackDecoder:
 
     def _take_over(self, error: DecodeError) -> None:
         self._reader = self._second()
-        self._reason = str(error).removeprefix(f"{self._name or 'the video'}: ")
+        reason = str(error).removeprefix(f"{self._name or 'the video'}: ")
+        self._reason = reason.replace("; use the decoder pyav", "")  # which is what happens
 
     def close(self) -> None:
         self._reader.close()

@@ -77,13 +77,13 @@ def orientation(frame: Any, name: str, default: Orientation = _UPRIGHT) -> Orien
     )
 
 
-def to_rgb(frame: Any, size: tuple[int, int], name: str = "") -> np.ndarray:
+def to_rgb(frame: Any, size: tuple[int, int], name: str = "", out: np.ndarray | None = None) -> np.ndarray:
     """A decoded PyAV picture as uint8 [3, height, width] RGB of `size` (width, height).
 
     Resizing and colour conversion are one pass of swscale: bilinear, with a filter that widens on reduction and so
     does not alias; full chroma; the same bits on every processor. Matrix and range are the stream's own; where it
     names none, BT.709 above 576 lines and BT.601 below. Planes, because swscale writes them three times as fast as
-    interleaved pixels, with the same bits, and they are what a model wants.
+    interleaved pixels, with the same bits, and they are what a model wants. `out` is written to where it is given.
 
     Raises:
         DecodeError: the stream names a matrix that cannot be converted by, such as ICtCp.
@@ -98,7 +98,7 @@ def to_rgb(frame: Any, size: tuple[int, int], name: str = "") -> np.ndarray:
         matrix = _BT709 if frame.height > HD_LINES else _BT601
     planes = frame.reformat(*size, format="gbrp", src_colorspace=matrix, interpolation=_METHOD, threads=1).planes
     width, height = size
-    picture = np.empty((3, height, width), dtype=np.uint8)
+    picture = np.empty((3, height, width), dtype=np.uint8) if out is None else out
     for channel, plane in zip((1, 2, 0), planes, strict=True):  # stored as green, blue, red
         picture[channel] = np.frombuffer(plane, dtype=np.uint8).reshape(-1, plane.line_size)[:height, :width]
     return picture

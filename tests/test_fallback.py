@@ -21,9 +21,9 @@ from framestream.pipeline.isolation import helper
 from framestream.pipeline.probe import probe_video
 from framestream.pipeline.shards import ShardWriter
 
-from decode_helpers import KINDS
 from loader_setup import keys, make_loader
 from synthetic import damaged, read_indices
+from video_kinds import KINDS
 
 REFUSED = {  # by Decord and by TorchCodec, and the word that says why
     "h264 open gop": "afresh",
@@ -41,7 +41,7 @@ def _told_nothing() -> None:
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("kinds")
-    return {kind: KINDS[kind][0](folder).read_bytes() for kind in (*REFUSED, *FINE)}
+    return {kind: KINDS[kind].make(folder).read_bytes() for kind in (*REFUSED, *FINE)}
 
 
 @pytest.fixture(params=["decord", "torchcodec"])

@@ -23,10 +23,10 @@ from framestream.pipeline.shards import ShardWriter
 from framestream.pipeline.trainer_side import READ_AHEAD
 from framestream.pipeline.video_engine import video_engine
 
-from decode_helpers import KINDS
 from loader_setup import make_loader, write_shards
 from soak_setup import MB, own_memory
 from synthetic import make_video, read_indices
+from video_kinds import KINDS
 
 pytestmark = pytest.mark.gpu
 
@@ -63,8 +63,8 @@ def auto() -> str:
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     made = {}
-    for number, (kind, (make, _, _)) in enumerate(KINDS.items()):
-        made[kind] = make(tmp_path_factory.mktemp(f"kind{number}")).read_bytes()
+    for number, (name, kind) in enumerate(KINDS.items()):
+        made[name] = kind.make(tmp_path_factory.mktemp(f"kind{number}")).read_bytes()
     return made
 
 
@@ -148,7 +148,8 @@ def test_every_frame_is_the_one_asked_for_and_looks_as_on_the_cpu(
     videos: dict[str, bytes], kind: str, reader: str
 ) -> None:
     """Or the kind is refused, in a sentence that names the reader which gets it right."""
-    _, first, count = KINDS[kind]
+    shown = KINDS[kind].shown
+    count = len(shown)
     mixed = np.random.default_rng(0).integers(0, count, 16).tolist()
     for side in (64, None):
         with open_decoder(videos[kind], backend="pyav", short_side=side) as ours:
@@ -160,7 +161,7 @@ def test_every_frame_is_the_one_asked_for_and_looks_as_on_the_cpu(
                 continue
             assert frames.is_cuda
             assert frames.dtype == torch.uint8
-            assert [index - first for index in read_indices(frames)] == wanted
+            assert read_indices(frames) == [shown[index] for index in wanted]
             assert close(frames, expected[wanted])
 
 
