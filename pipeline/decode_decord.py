@@ -154,11 +154,12 @@ class DecordGPUDecoder(CheckedDecoder):
         try:
             batch = self._reader.get_batch(wanted.tolist())
             frames = torch.utils.dlpack.from_dlpack(batch.to_dlpack())
+            torch.cuda.synchronize()  # Decord fills them on streams of its own, and does not wait
         except (decord.DECORDError, RuntimeError, IndexError) as err:
             raise DecodeError(f"{label(self.name)}: Decord cannot decode it on the GPU ({err}).") from err
         self.check(len(self._reader), frames.shape, (len(wanted), self.size[1], self.size[0], 3))
         frames = resize_short_side(frames.permute(0, 3, 1, 2), self.short_side)
-        return frames[torch.from_numpy(gather).to(frames.device)]
+        return frames.index_select(0, torch.from_numpy(gather).to(frames.device))
 
     def close(self) -> None:
         super().close()

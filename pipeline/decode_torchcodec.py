@@ -109,11 +109,13 @@ class TorchCodecDecoder(CheckedDecoder):
             batch = self._decoder.get_frames_at(wanted.tolist())
         except (RuntimeError, ValueError, IndexError) as err:
             raise DecodeError(self._failed("decode", err)) from err
+        if self.backend == "torchcodec-cuda" and getattr(self._decoder, "cpu_fallback", None):
+            raise DecodeError(f"{label(self.name)}: the GPU does not decode its kind; use the decoder pyav.")
         width, height = self.size
         self.check(len(self._decoder), batch.data.shape, (len(wanted), 3, height, width))
         self.check_times(wanted, batch.pts_seconds.cpu().numpy())
         frames = resize_short_side(batch.data, self.short_side)
-        return frames[torch.from_numpy(gather).to(frames.device)]
+        return frames.index_select(0, torch.from_numpy(gather).to(frames.device))
 
     def _failed(self, what: str, err: Exception) -> str:
         last = (str(err).strip().splitlines() or [type(err).__name__])[-1][:300]
