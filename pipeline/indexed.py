@@ -18,7 +18,7 @@ from .packets import read_packets
 from .picture import Orientation, orientation, to_rgb
 from .probe import VideoInfo
 from .reader_limits import videos
-from .video_index import DECODERS, MAX_EXTRADATA, VideoIndex
+from .video_index import DECODERS, MAX_EXTRADATA, MAX_PACKETS, MAX_REORDER, VideoIndex
 
 READ_THROUGH = 1 << 16  # bytes between two needed packets that are read along, which costs less than reading twice
 
@@ -123,6 +123,9 @@ def _index(data: bytes, info: VideoInfo, table: PacketTable, turn: Orientation) 
         or videos(table) > 1
         or context.codec.name != DECODERS.get(table.codec)
         or len(extradata) > MAX_EXTRADATA
+        or not 0 < table.num_packets <= MAX_PACKETS
+        or not 0 <= context.reorder_depth <= MAX_REORDER
+        or len(data) >= 1 << 31  # gaps between packets are kept in 32 bits
         or None in places
         or len(np.unique(table.order.shown_at)) < table.num_packets
     ):

@@ -98,7 +98,8 @@ class IndexedPackets:
                 f"{self._name or 'the video'}: packet {position} ({len(body)} bytes at {start}) is not what it was "
                 "when the shard was written: the video was damaged or replaced since. Write the shard again."
             )
-        packet: Any = av.Packet(body)  # type: ignore[arg-type]  # any buffer will do
+        packet: Any = av.Packet(len(body))  # not of `body`: FFmpeg reads past the end, where only its own has padding
+        packet.update(body)
         rank = self._rank[position]
         packet.pts = rank if rank >= 0 else None
         return packet

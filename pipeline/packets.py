@@ -21,11 +21,11 @@ from .packet_order import PacketOrder
 from .packet_source import ContainerPackets, set_up
 from .packet_table import Deadline, PacketTable, check_size, label, reason_of
 from .presentation import NO_TIME, contradiction, frame_rate, is_ordered, leading_packets, parts_in_turn
+from .probe import MAX_SECONDS
 from .truncation import broken_at, missing_bytes
 
 # Anything else, above all play lists that name further files or addresses, is refused before it is parsed.
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts"
-MAX_SECONDS = 10 * 24 * 3600
 MAX_REORDER_SECONDS = 10  # between decoding a frame and showing it
 _BUFFER = 1 << 18
 _HEAD = 256  # packets from the first key packet on that are kept in any case

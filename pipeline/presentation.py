@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 NO_TIME = -(1 << 62)
+_MOST_BACK = 32  # groups of pictures that a frame may reach back; beyond, decoding starts at the first
 # Codecs that show their frames in the order in which they are stored.
 _IN_ORDER = ("vp8", "vp9", "av1", "mjpeg")
 
@@ -78,10 +79,12 @@ def start_packets(shown_at: np.ndarray, keys: np.ndarray, position: np.ndarray) 
     """
     last_key = np.searchsorted(keys, position, side="right") - 1
     early = shown_at[position] < shown_at[keys[last_key]]
-    while early.any():
+    for _ in range(_MOST_BACK):
+        if not early.any():
+            break
         last_key = np.where(early, last_key - 1, last_key)
         early = (last_key > 0) & (shown_at[position] < shown_at[keys[np.maximum(last_key, 0)]])
-    return keys[np.maximum(last_key, 0)]
+    return keys[np.where(early, 0, np.maximum(last_key, 0))]
 
 
 def frame_rate(ticks: np.ndarray | None, tick: float, nominal: float, frames: int) -> tuple[float, np.ndarray | None]:

@@ -15,6 +15,8 @@ import numpy as np
 from .errors import DecodeError, SampleError
 from .video_index import VideoIndex
 
+MAX_SECONDS = 10 * 24 * 3600  # of a video
+
 
 @dataclass(frozen=True)
 class VideoInfo:
@@ -99,6 +101,11 @@ class VideoInfo:
                 "timestamps": None if times is None else tuple(float(value) for value in times),
             }
         )
+        if info.num_frames / info.fps > MAX_SECONDS:
+            raise SampleError(
+                f"video metadata: {info.num_frames} frames at {info.fps:g} a second take longer than {MAX_SECONDS} s; "
+                "probe the video again."
+            )
         keys = info.key_frames
         if any(b <= a for a, b in pairwise(keys)) or (keys and keys[-1] >= info.num_frames):
             raise SampleError("video metadata: key_frames are not rising frame indices; probe the video again.")
@@ -116,7 +123,8 @@ class VideoInfo:
         except SampleError:
             return self
         # Rates and times are not seen in packets: an index stands for them, too, or it is not believed.
-        return replace(self, packets=index) if index.facts == self.checksum() else self
+        shown = len(index) - int(index.hidden.sum())
+        return replace(self, packets=index) if index.facts == self.checksum() and shown == self.num_frames else self
 
 
 def _is_count(value: Any, low: int = 0, high: int = 1 << 40) -> bool:
@@ -130,13 +138,15 @@ def _is_number(value: Any, low: float = 0.0, high: float = 1e12) -> bool:
 _CHECKS = {
     "num_frames": lambda value: _is_count(value, 1),
     "fps": lambda value: _is_number(value) and 1e-6 < value < 1e6,
-    "duration": _is_number,
+    "duration": lambda value: _is_number(value, 0, MAX_SECONDS),
     "width": lambda value: _is_count(value, 1, 1 << 16),
     "height": lambda value: _is_count(value, 1, 1 << 16),
     "codec": lambda value: isinstance(value, str),
     "rotation": lambda value: _is_count(value) and value in (0, 90, 180, 270),
     "key_frames": lambda value: isinstance(value, (list, tuple)) and all(map(_is_count, value)),
-    "timestamps": lambda value: value is None or (isinstance(value, (list, tuple)) and all(map(_is_number, value))),
+    "timestamps": lambda value: (
+        value is None or (isinstance(value, (list, tuple)) and all(_is_number(time, 0, MAX_SECONDS) for time in value))
+    ),
     "has_audio": lambda value: isinstance(value, bool),
     "pix_fmt": lambda value: isinstance(value, str),
 }

@@ -24,6 +24,8 @@ from .picture import Orientation
 
 VERSION = 1
 MAX_EXTRADATA = 1 << 20  # bytes; real ones have less than a thousand
+MAX_PACKETS = 1 << 20  # ten hours
+MAX_REORDER = 16  # frames; FFmpeg ends the process beyond
 #: FFmpeg's decoder for each codec whose packets say everything that it needs to know.
 DECODERS = {"h264": "h264", "hevc": "hevc", "vp8": "vp8", "vp9": "vp9", "av1": "libdav1d"}
 _KEY, _HIDDEN = 1, 2
@@ -120,7 +122,7 @@ class VideoIndex:
         """
         try:
             return cls._parsed(record)
-        except (KeyError, TypeError, ValueError, OverflowError, zlib.error, binascii.Error) as err:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError, zlib.error, binascii.Error) as err:
             raise SampleError(
                 f"video metadata: its list of packets is damaged ({type(err).__name__}: {str(err)[:80]}); "
                 "write the shard again."
@@ -132,7 +134,7 @@ class VideoIndex:
         count, num_bytes = head["count"], head["bytes"]
         if head["version"] != VERSION:
             raise ValueError(f"its version is {head['version']!r}, expected {VERSION}")
-        if not (_is_count(count, num_bytes) and _is_count(num_bytes, 1 << 48) and count):
+        if not (_is_count(num_bytes, 1 << 48) and _is_count(count, min(num_bytes, MAX_PACKETS)) and count):
             raise ValueError(f"{count!r} packets in {num_bytes!r} bytes")
         unpack = zlib.decompressobj()
         table = unpack.decompress(base64.b64decode(record["table"], validate=True), _ROW * count)
@@ -150,6 +152,10 @@ class VideoIndex:
             raise ValueError("packets lie outside the file")
         if not np.array_equal(np.sort(order), np.arange(count)) or not key.any() or hidden.all():
             raise ValueError("its order is none")
+        if not hidden[: key.argmax()].all():
+            raise ValueError("frames come before the first key packet")
+        if not _is_count(head["reorder"], MAX_REORDER):
+            raise ValueError(f"frames are {head['reorder']!r} behind")
         extradata = base64.b64decode(head["extradata"], validate=True)
         colour = tuple(head["colour"])
         if len(extradata) > MAX_EXTRADATA or len(colour) != 4 or not all(_is_count(part, 255) for part in colour):
@@ -159,7 +165,7 @@ class VideoIndex:
             facts=head["facts"],
             format=str(head["format"]),
             extradata=extradata,
-            reorder=head["reorder"] if _is_count(head["reorder"], 64) else 0,
+            reorder=head["reorder"],
             colour=colour,
             turn=Orientation(*(bool(part) for part in head["turn"])),
             closed_keys=bool(head["closed_keys"]),

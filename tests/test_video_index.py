@@ -8,6 +8,7 @@ import pickle
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -214,6 +215,38 @@ def test_other_readers_take_their_facts_from_it(backend: str, clip: bytes, info:
     gop = video_bytes(open_gop=True, b_frames=3)
     with pytest.raises(DecodeError, match="use the decoder pyav"):
         open_decoder(gop, backend=backend, info=probe_video(gop, packets=True))
+
+
+def crafted(info: VideoInfo, **changes: Any) -> VideoInfo:
+    """What reading gives of metadata with a changed index whose checksums are right."""
+    index = replace(index_of(info), **{"facts": replace(info, packets=None).checksum(), **changes})
+    return VideoInfo.from_json(replace(info, packets=index).to_json())
+
+
+def test_an_index_that_is_consistent_and_impossible_is_passed_over(info: VideoInfo) -> None:
+    assert crafted(info).packets is not None
+    hidden, key = np.zeros(48, dtype=bool), np.zeros(48, dtype=bool)
+    hidden[3] = key[47] = True
+    assert crafted(info, hidden=hidden).packets is None  # fewer frames than the metadata says
+    assert crafted(replace(info, num_frames=40)).packets is None
+    assert crafted(info, key=key).packets is None  # frames before the first key packet
+    assert crafted(info, reorder=17).packets is None  # FFmpeg would end the process
+    nested: Any = []
+    for _ in range(5000):
+        nested = [nested]
+    with pytest.raises(SampleError, match="damaged"):
+        VideoIndex.from_json({**index_of(info).to_json(), "format": nested})
+
+
+def test_packets_lie_in_memory_of_ffmpegs_own(clip: bytes, info: VideoInfo) -> None:
+    """It reads some bytes past the end of a packet, so they must not be ours, which may end where memory ends."""
+    body = bytearray(clip)
+    parts = FileParts(len(clip), [(0, body)])  # type: ignore[list-item]
+    packet = IndexedPackets(parts, index_of(info), "h264", "clip 3").packet(0)
+    before, at = bytes(packet), int(index_of(info).offset[0])
+    assert before == clip[at : at + len(before)]
+    body[at : at + 16] = bytes(16)
+    assert bytes(packet) == before
 
 
 def write(folder: Path, video: bytes, info: VideoInfo) -> Path:
