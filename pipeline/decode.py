@@ -20,6 +20,8 @@ import torch
 
 from .errors import ConfigError, DecodeError
 from .file_parts import FileParts
+from .frame_reader import check_indices as check_indices
+from .picture import fit_short_side as fit_short_side
 from .probe import VideoInfo
 
 GPU_BACKENDS = ("decord-gpu", "torchcodec-cuda")
@@ -205,26 +207,6 @@ def _why_not(backend: str) -> str:
     from . import decode_torchcodec
 
     return decode_torchcodec.why_not("cuda" if backend == "torchcodec-cuda" else "cpu")
-
-
-def check_indices(indices: Sequence[int], num_frames: int, name: str) -> np.ndarray:
-    """The indices as int64 [n]. Raises DecodeError where one is outside the video or there is none."""
-    wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
-    if len(wanted) == 0:
-        raise DecodeError(f"{name or 'the video'}: no frames were asked for.")
-    outside = wanted[(wanted < 0) | (wanted >= num_frames)]
-    if len(outside):
-        raise DecodeError(f"{name or 'the video'}: frame {outside[0]} was asked for, but it has {num_frames} frames.")
-    return wanted
-
-
-def fit_short_side(width: int, height: int, short_side: int | None) -> tuple[int, int]:
-    """(width, height) with the shorter side of length `short_side` and the aspect kept; unchanged for None."""
-    if short_side is None:
-        return width, height
-    if width <= height:
-        return short_side, max(1, round(height * short_side / width))
-    return max(1, round(width * short_side / height)), short_side
 
 
 def resize_short_side(frames: torch.Tensor, short_side: int | None) -> torch.Tensor:

@@ -14,7 +14,7 @@ class FileParts:
         parts: (offset, bytes), ascending, without overlap.
     """
 
-    def __init__(self, num_bytes: int, parts: Sequence[tuple[int, bytes]]) -> None:
+    def __init__(self, num_bytes: int, parts: Sequence[tuple[int, bytes | memoryview]]) -> None:
         self.num_bytes = num_bytes
         self._starts = [start for start, _ in parts]
         self._parts = [part for _, part in parts]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from .buffer_file import buffer_file
 from .errors import DecodeError
 from .file_parts import FileParts, joined
 from .packet_source import IndexedPackets
@@ -51,7 +51,7 @@ def needed_ranges(info: VideoInfo, num_bytes: int, frames: Sequence[int]) -> lis
 
 
 def packet_table(
-    data: bytes | FileParts, info: VideoInfo | None, *, name: str, deadline: Deadline, keep: bool = True
+    data: bytes | memoryview | FileParts, info: VideoInfo | None, *, name: str, deadline: Deadline, keep: bool = True
 ) -> PacketTable:
     """The packets of a video: by the index that `info` carries where that is usable, else from the container, which is
     then compared with `info`. `keep` as in `read_packets`.
@@ -64,7 +64,7 @@ def packet_table(
         return _indexed(data, info, index, name)
     if isinstance(data, FileParts):
         raise DecodeError(f"{label(name)}: only parts of it were read, and without an index all of it is needed.")
-    table = read_packets(io.BytesIO(data), name=name, deadline=deadline, keep=keep)
+    table = read_packets(buffer_file(data), name=name, deadline=deadline, keep=keep)
     try:
         table.expect(info)
     except DecodeError:
@@ -73,7 +73,7 @@ def packet_table(
     return table
 
 
-def _indexed(data: bytes | FileParts, info: VideoInfo, index: VideoIndex, name: str) -> PacketTable:
+def _indexed(data: bytes | memoryview | FileParts, info: VideoInfo, index: VideoIndex, name: str) -> PacketTable:
     return PacketTable(
         name=name,
         source=IndexedPackets(data, index, info.codec, name),
@@ -90,19 +90,25 @@ def _indexed(data: bytes | FileParts, info: VideoInfo, index: VideoIndex, name: 
     )
 
 
-def with_index(data: bytes, info: VideoInfo, table: PacketTable, frame: Any, deadline: Deadline) -> VideoInfo:
+def with_index(
+    data: bytes | memoryview, info: VideoInfo, table: PacketTable, frame: Any, deadline: Deadline, *, check: bool = True
+) -> VideoInfo:
     """`info` with the index of its packets, or as it is where the video cannot be decoded by an index alone: codecs
     that lean on their container, packets that are not there in one piece, frames without an order of their own.
 
     Args:
         table: of the same file, read with marks.
         frame: its first key frame. Decoded by the index it has to come out the same to the bit.
+        check: compare them. Without, that is only done where pictures carry how they are to be turned; the decoder, its
+            settings and the packets are the same in any case.
     """
     turn = orientation(frame, table.name)
     index = _index(data, info, table, turn)
     if index is None:
         return info
     indexed = replace(info, packets=index)
+    if not check and frame.side_data.get("DISPLAYMATRIX") is None:
+        return indexed
     size = (frame.width, frame.height)
     try:
         again = _indexed(data, indexed, index, table.name).first_frame(deadline)
@@ -114,7 +120,7 @@ def with_index(data: bytes, info: VideoInfo, table: PacketTable, frame: Any, dea
         return info
 
 
-def _index(data: bytes, info: VideoInfo, table: PacketTable, turn: Orientation) -> VideoIndex | None:
+def _index(data: bytes | memoryview, info: VideoInfo, table: PacketTable, turn: Orientation) -> VideoIndex | None:
     context = table.source.codec()
     extradata = bytes(context.extradata or b"")
     places = [mark.find(data) for mark in table.marks]

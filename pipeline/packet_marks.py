@@ -21,14 +21,16 @@ class PacketMark(NamedTuple):
         body = memoryview(packet)
         return cls(-1 if packet.pos is None else packet.pos, packet.size, zlib.crc32(body), bytes(body[:8]))
 
-    def find(self, data: bytes) -> int | None:
+    def find(self, data: bytes | memoryview) -> int | None:
         """The offset at which `data` holds this very packet, None where it does not in one piece (MPEG-TS)."""
         if self.place < 0:
             return None
-        view, stop = memoryview(data), self.place + _HEADER + self.size
-        at = data.find(self.head, self.place, stop)
+        view = memoryview(data)
+        begin = bytes(view[self.place : self.place + _HEADER + len(self.head)])
+        at = begin.find(self.head)
         while at >= 0:
-            if zlib.crc32(view[at : at + self.size]) == self.crc:
-                return at
-            at = data.find(self.head, at + 1, stop)
+            start = self.place + at
+            if zlib.crc32(view[start : start + self.size]) == self.crc:
+                return start
+            at = begin.find(self.head, at + 1)
         return None

@@ -71,7 +71,7 @@ class IndexedPackets:
         codec: FFmpeg's name of the codec, one of `DECODERS`.
     """
 
-    def __init__(self, data: bytes | FileParts, index: VideoIndex, codec: str, name: str) -> None:
+    def __init__(self, data: bytes | memoryview | FileParts, index: VideoIndex, codec: str, name: str) -> None:
         import av
 
         self.turn = index.turn

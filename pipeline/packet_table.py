@@ -29,7 +29,11 @@ class Deadline:
 
     def __init__(self, seconds: float, name: str) -> None:
         self.seconds, self.name = seconds, name
-        self.end = time.monotonic() + seconds
+        self.renew()
+
+    def renew(self) -> None:
+        """Count anew from now."""
+        self.end = time.monotonic() + self.seconds
 
     def check(self) -> None:
         if time.monotonic() > self.end:
@@ -145,18 +149,21 @@ class PacketTable:
         import av
 
         context = self.source.codec()
-        try:
-            first = int(self.order.keys[0])
-            for position in [*range(first, min(first + _TRIES, self.num_packets)), None]:
-                deadline.check()
-                for frame in context.decode(None if position is None else self.source.packet(position)):
-                    check_size(frame.width, frame.height, self.name)
-                    if frame.pts is not None:  # else hidden, by an edit list
-                        return frame
-        except (av.error.FFmpegError, ValueError) as err:
-            raise DecodeError(f"{label(self.name)}: its first frame is damaged ({reason_of(err)}).") from err
-        finally:
-            context.flush_buffers()
+        first = int(self.order.keys[0])
+        some: list[int | None] = [*range(first, min(first + _TRIES, self.num_packets)), None]
+        # A key frame that is the first to be shown is usually all that has to be decoded.
+        for positions in ([[first, None]] if self.order.rank[first] == 0 else []) + [some]:
+            try:
+                for position in positions:
+                    deadline.check()
+                    for frame in context.decode(None if position is None else self.source.packet(position)):
+                        check_size(frame.width, frame.height, self.name)
+                        if frame.pts is not None:  # else hidden, by an edit list
+                            return frame
+            except (av.error.FFmpegError, ValueError) as err:
+                raise DecodeError(f"{label(self.name)}: its first frame is damaged ({reason_of(err)}).") from err
+            finally:
+                context.flush_buffers()
         raise DecodeError(f"{label(self.name)}: its first frame does not come out of the decoder.")
 
     def picture_of(self, frame: Any) -> Picture:

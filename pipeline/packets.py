@@ -8,6 +8,7 @@ spares it the next time.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -32,10 +33,16 @@ _HEAD = 256  # packets from the first key packet on that are kept in any case
 
 
 def read_packets(
-    source: BinaryIO, *, name: str, deadline: Deadline, keep: bool = True, mark: bool = False
+    source: BinaryIO,
+    *,
+    name: str,
+    deadline: Deadline,
+    keep: bool = True,
+    mark: bool = False,
+    digest: hashlib._Hash | None = None,
 ) -> PacketTable:
     """Demultiplex `source` once. With `keep=False` only the first packets stay in memory: enough for a look. With
-    `mark=True` the table has a `PacketMark` of each packet.
+    `mark=True` the table has a `PacketMark` of each packet. `digest` is updated with the bytes of every packet.
 
     Raises:
         DecodeError: no known container, no video, damaged on the container level, impossible size, too slow.
@@ -61,7 +68,7 @@ def read_packets(
             f"{label(name)}: not a readable video file ({reason_of(err)}); mp4, mov, mkv, webm, avi and ts are."
         ) from err
     try:
-        return _table(container, name, deadline, keep, mark)
+        return _table(container, name, deadline, keep, mark, digest)
     except (av.error.FFmpegError, ValueError, OverflowError) as err:
         container.close()
         raise DecodeError(f"{label(name)}: the container is damaged ({reason_of(err)}).") from err
@@ -109,7 +116,9 @@ def _packets(container: Any, stream: Any, name: str) -> Iterator[Any]:
         raise DecodeError(f"{label(name)}: a stream begins in it that its head does not name; it is damaged.") from err
 
 
-def _demux(container: Any, stream: Any, name: str, deadline: Deadline, keep: bool, mark: bool) -> _Demuxed:
+def _demux(
+    container: Any, stream: Any, name: str, deadline: Deadline, keep: bool, mark: bool, digest: hashlib._Hash | None
+) -> _Demuxed:
     codec = stream.codec_context.codec.canonical_name
     extradata = bytes(stream.codec_context.extradata or b"")
     found = _Demuxed()
@@ -142,6 +151,8 @@ def _demux(container: Any, stream: Any, name: str, deadline: Deadline, keep: boo
         found.duration.append(packet.duration or 0)
         if mark:
             found.marks.append(PacketMark.of(packet))
+        if digest is not None:
+            digest.update(memoryview(packet))
         if keep or not found.keys or count - found.keys[0] < _HEAD:
             found.packets.append(packet)
         count += 1
@@ -160,10 +171,12 @@ def _demux(container: Any, stream: Any, name: str, deadline: Deadline, keep: boo
     return found
 
 
-def _table(container: Any, name: str, deadline: Deadline, keep: bool, mark: bool) -> PacketTable:
+def _table(
+    container: Any, name: str, deadline: Deadline, keep: bool, mark: bool, digest: hashlib._Hash | None
+) -> PacketTable:
     stream = _video_stream(container, name)
     codec = stream.codec_context.codec.canonical_name
-    found = _demux(container, stream, name, deadline, keep, mark)
+    found = _demux(container, stream, name, deadline, keep, mark, digest)
     packets, pts, count = found.packets, found.pts, len(found.pts)
     keys = np.array(found.keys, dtype=np.int64)
     shown = np.array(found.shown, dtype=bool)

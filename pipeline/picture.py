@@ -77,6 +77,24 @@ def orientation(frame: Any, name: str, default: Orientation = _UPRIGHT) -> Orien
     )
 
 
+def fit_short_side(width: int, height: int, short_side: int | None) -> tuple[int, int]:
+    """(width, height) with the shorter side of length `short_side` and the aspect kept; unchanged for None."""
+    if short_side is None:
+        return width, height
+    if width <= height:
+        return short_side, max(1, round(height * short_side / width))
+    return max(1, round(width * short_side / height)), short_side
+
+
+def check_matrix(frame: Any, name: str = "") -> None:
+    """Raise DecodeError for a PyAV picture whose colours are in a matrix that cannot be converted by, such as ICtCp."""
+    if frame.colorspace not in _CONVERTIBLE:
+        raise DecodeError(
+            f"{name or 'the video'}: its colours are in matrix number {int(frame.colorspace)} of H.273, which FFmpeg "
+            "does not turn into RGB; encode it anew in BT.709."
+        )
+
+
 def to_rgb(frame: Any, size: tuple[int, int], name: str = "", out: np.ndarray | None = None) -> np.ndarray:
     """A decoded PyAV picture as uint8 [3, height, width] RGB of `size` (width, height).
 
@@ -88,11 +106,7 @@ def to_rgb(frame: Any, size: tuple[int, int], name: str = "", out: np.ndarray | 
     Raises:
         DecodeError: the stream names a matrix that cannot be converted by, such as ICtCp.
     """
-    if frame.colorspace not in _CONVERTIBLE:
-        raise DecodeError(
-            f"{name or 'the video'}: its colours are in matrix number {int(frame.colorspace)} of H.273, which FFmpeg "
-            "does not turn into RGB; encode it anew in BT.709."
-        )
+    check_matrix(frame, name)
     matrix = None
     if frame.colorspace == _UNTAGGED:
         matrix = _BT709 if frame.height > HD_LINES else _BT601

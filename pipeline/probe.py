@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import json
 import zlib
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from .errors import DecodeError, SampleError
 from .video_index import VideoIndex
+
+if TYPE_CHECKING:
+    from .packet_table import Deadline, PacketTable
 
 MAX_SECONDS = 10 * 24 * 3600  # of a video
 
@@ -166,7 +168,12 @@ _EXPECTED = {
 
 
 def probe_video(
-    source: bytes | str | Path, *, name: str = "", timeout_s: float = 120.0, packets: bool = False
+    source: bytes | memoryview | str | Path,
+    *,
+    name: str = "",
+    timeout_s: float = 120.0,
+    packets: bool = False,
+    known: VideoInfo | None = None,
 ) -> VideoInfo:
     """Look at a video: one pass over its packets, and its first key frame decoded for the size as displayed.
 
@@ -175,45 +182,65 @@ def probe_video(
         name: how errors call it; the path by default.
         timeout_s: give up after so long.
         packets: find out where its packets lie, too, so that decoding need not look again; reads the whole file.
+        known: what an earlier look at the same file found. Another video is refused, and of two looks at the first
+            picture one is spared.
     Raises:
-        DecodeError: there is no video in it, or none of which every frame could be had.
+        DecodeError: there is no video in it, none of which every frame could be had, or another one than is known.
     """
     if isinstance(source, (str, Path)):
         name = name or str(source)
         try:
             with open(source, "rb") as file:
-                return _probe(file, name, timeout_s, packets)
+                return _probe(file.read() if packets else file, name, timeout_s, packets, known)
         except OSError as err:
             raise DecodeError(f"{name}: cannot be read ({err.strerror or err}).") from err
-    return _probe(io.BytesIO(source), name, timeout_s, packets)
+    return _probe(source, name, timeout_s, packets, known)
 
 
-def _probe(source: BinaryIO, name: str, timeout_s: float, packets: bool) -> VideoInfo:
+def _probe(
+    source: bytes | memoryview | BinaryIO, name: str, timeout_s: float, packets: bool, known: VideoInfo | None
+) -> VideoInfo:
+    from .buffer_file import buffer_file
     from .indexed import with_index
     from .packet_table import Deadline
     from .packets import read_packets
 
     deadline = Deadline(timeout_s, name)
-    table = read_packets(source, name=name, deadline=deadline, keep=False, mark=packets)
+    data = source if isinstance(source, (bytes, memoryview)) else None
+    file = source if not isinstance(source, (bytes, memoryview)) else buffer_file(source)
+    table = read_packets(file, name=name, deadline=deadline, keep=False, mark=packets)
     try:
-        frame = table.first_frame(deadline)
-        picture = table.picture_of(frame)
-        info = VideoInfo(
-            num_frames=table.num_frames,
-            fps=table.fps,
-            duration=table.duration,
-            width=picture.width,
-            height=picture.height,
-            codec=table.codec,
-            rotation=picture.rotation,
-            key_frames=tuple(table.key_frames.tolist()),
-            timestamps=None if table.timestamps is None else tuple(table.timestamps.tolist()),
-            has_audio=table.has_audio,
-            pix_fmt=picture.pix_fmt,
-        )
-        if packets:
-            source.seek(0)
-            info = with_index(source.read(), info, table, frame, deadline)
+        info, frame = info_of(table, deadline)
+        if known not in (None, info):
+            raise DecodeError(
+                f"{name or 'the video'}: is not the video that it was when it was probed: it was changed."
+            )
+        if data is None or not packets:
+            return info
+        return with_index(data, info, table, frame, deadline, check=known is None)
     finally:
         table.close()
-    return info
+
+
+def info_of(table: PacketTable, deadline: Deadline) -> tuple[VideoInfo, Any]:
+    """What a table of packets, and the first frame that comes of them, say of a video; and that frame of PyAV's.
+
+    Raises:
+        DecodeError: that frame does not decode, or is to be shown at an angle.
+    """
+    frame = table.first_frame(deadline)
+    picture = table.picture_of(frame)
+    info = VideoInfo(
+        num_frames=table.num_frames,
+        fps=table.fps,
+        duration=table.duration,
+        width=picture.width,
+        height=picture.height,
+        codec=table.codec,
+        rotation=picture.rotation,
+        key_frames=tuple(table.key_frames.tolist()),
+        timestamps=None if table.timestamps is None else tuple(table.timestamps.tolist()),
+        has_audio=table.has_audio,
+        pix_fmt=picture.pix_fmt,
+    )
+    return info, frame

@@ -104,8 +104,8 @@ class Remote:
             fs.retries = 1  # retries inside of retries multiply: a stalled server would hold us for an hour
         return fs, path
 
-    def call(self, url: str, action: Callable[[], T]) -> T:
-        """Run `action`, again where that may help.
+    def call(self, url: str, action: Callable[[], T], doing: str = "fetched") -> T:
+        """Run `action`, again where that may help; `doing` is what it does with `url`, for messages.
 
         Raises:
             FileNotFoundError: what `url` names does not exist.
@@ -121,8 +121,9 @@ class Remote:
             ),
             retry=retry_if_exception(_may_change),
             before_sleep=lambda state: log.warning(
-                "fetching %s failed (%s), trying again",
+                "%s could not be %s (%s), trying again",
                 url,
+                doing,
                 _told(state.outcome.exception() if state.outcome else None),
             ),
             reraise=True,
@@ -135,10 +136,11 @@ class Remote:
             if disk_full(err):
                 raise
             if _denied(err):
-                raise ShardError(f"{url} cannot be read ({_told(err)}): check access rights") from err
+                verb = "read" if doing == "fetched" else doing
+                raise ShardError(f"{url} cannot be {verb} ({_told(err)}): check access rights") from err
             tries = f" in {self.attempts} attempts" if _may_change(err) else ""
             raise ShardError(
-                f"{url} could not be fetched{tries} ({_told(err)}): check the network, the storage and its index"
+                f"{url} could not be {doing}{tries} ({_told(err)}): check the network, the storage and its index"
             ) from err
 
     def read_small(self, url: str, parse: Callable[[bytes], P]) -> P | None:

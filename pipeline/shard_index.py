@@ -27,6 +27,7 @@ VIDEO_EXTENSIONS = ("mp4", "m4v", "mov", "mkv", "webm", "avi", "ts")
 SAFE_EXTENSIONS = (*VIDEO_EXTENSIONS, "json", "txt", "npy")
 INDEX_VERSION = 1
 BLOCK = 512  # bytes; a tar is a row of such blocks
+WITHOUT_VIDEO = "has no video (or several) and is left out"  # what a problem of such a sample ends in
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +178,7 @@ class _Walk:
             if key in self.half:
                 continue
             if video_member(members) is None:
-                self.problems.append(f"{self.name}: sample {key!r} has no video (or several) and is left out")
+                self.problems.append(f"{self.name}: sample {key!r} {WITHOUT_VIDEO}")
             else:
                 samples.append(IndexedSample(key, members))
         if not samples:

@@ -19,7 +19,7 @@ MAX_EXPANSION = 1_000_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::.*)?://")
-_REFUSED = re.compile(r"\s*(pipe|exec|shell|sh|cmd):|\s*\||.*\|\s*$", re.DOTALL)
+SHELL_OPENER = re.compile(r"\s*(pipe|exec|shell|sh|cmd):|\s*\||.*\|\s*$", re.DOTALL)
 
 ShardsArgument = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -85,7 +85,7 @@ def resolve(shards: ShardsArgument, remote: Remote | None = None) -> Resolved:
         if not isinstance(item, (str, os.PathLike)):
             raise ConfigError(f"shards are named by strings or paths, not by {type(item).__name__} ({item!r})")
         text = os.fspath(item)
-        if _REFUSED.match(text):
+        if SHELL_OPENER.match(text):
             raise ConfigError(f"{text!r} asks for a shell command; framestream reads files and fsspec URLs only")
         text = text.removeprefix("file://")
         literal = "{" not in text or (not is_url(text) and os.path.exists(text))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import re
 import tarfile
@@ -14,6 +12,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from .atomic import TEMP_SUFFIX, atomic_file, atomic_write
+from .buffer_file import buffer_file
 from .errors import ConfigError, ShardError
 from .shard_index import (
     INDEX_VERSION,
@@ -22,11 +21,11 @@ from .shard_index import (
     IndexedSample,
     ShardIndex,
     index_path,
-    index_tar,
 )
 
 MAX_KEY_BYTES = 90  # a ustar name holds 100 bytes; the rest is for the extension
 FOLDER_INDEX = "index.json"
+_COPY_BYTES = 1 << 20  # at a time
 _KEY = re.compile(r"[^./\\\x00-\x20\x7f][^./\\\x00-\x1f\x7f]*")
 
 
@@ -64,14 +63,19 @@ class TarShard:
         self._context = atomic_file(self.path)
         self._file = _Hashed(self._context.__enter__())
         # tarfile writes front to back and never seeks in this mode, so the tar can be hashed on its way to the disk.
-        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[arg-type]
+        self._tar = tarfile.TarFile(
+            fileobj=self._file,  # type: ignore[arg-type]
+            mode="w",
+            format=tarfile.USTAR_FORMAT,
+            copybufsize=_COPY_BYTES,
+        )
         self._samples: dict[str, dict[str, tuple[int, int]]] = {}
 
     @property
     def num_samples(self) -> int:
         return len(self._samples)
 
-    def add(self, key: str, members: Mapping[str, bytes]) -> None:
+    def add(self, key: str, members: Mapping[str, bytes | memoryview]) -> None:
         """Append one sample: extension without dot -> bytes.
 
         Raises:
@@ -89,7 +93,7 @@ class TarShard:
             info = tarfile.TarInfo(f"{key}.{ext}")
             info.size = len(members[ext])
             info.mode = 0o644
-            self._tar.addfile(info, io.BytesIO(members[ext]))
+            self._tar.addfile(info, buffer_file(members[ext]))
             data_blocks = -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             places[ext] = (self._file.written - data_blocks, info.size)
         self._samples[key] = places
@@ -113,16 +117,25 @@ class TarShard:
         self._context.__exit__(ShardError, ShardError(f"{self.path.name} was given up"), None)
 
 
-def write_folder_index(folder: Path, indexes: Sequence[ShardIndex]) -> None:
-    """Write `index.json`: format version and, per shard, its samples, bytes and sha256."""
+def folder_index(shards: Sequence[Mapping[str, Any]], more: Mapping[str, Any] | None = None) -> bytes:
+    """The content of an `index.json`: format version and, per shard, its `name`, `samples`, `bytes` and `sha256`.
+
+    Args:
+        more: what the writer has to say of the set as a whole; readers pass over it.
+    """
     content = {
+        **(more or {}),
         "version": INDEX_VERSION,
-        "num_samples": sum(len(index.samples) for index in indexes),
-        "shards": [
-            {"name": i.name, "samples": len(i.samples), "bytes": i.num_bytes, "sha256": i.sha256} for i in indexes
-        ],
+        "num_samples": sum(shard["samples"] for shard in shards),
+        "shards": list(shards),
     }
-    atomic_write(folder / FOLDER_INDEX, json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
+    return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def write_folder_index(folder: Path, indexes: Sequence[ShardIndex], more: Mapping[str, Any] | None = None) -> None:
+    """Write `index.json` of these shards; see `folder_index`."""
+    shards = [{"name": i.name, "samples": len(i.samples), "bytes": i.num_bytes, "sha256": i.sha256} for i in indexes]
+    atomic_write(folder / FOLDER_INDEX, folder_index(shards, more))
 
 
 def read_folder_index(data: bytes, name: str) -> dict[str, dict[str, Any]]:
@@ -225,7 +238,9 @@ class ShardWriter:
             self._shard.discard()
 
 
-def sample_members(video: bytes, ext: str, meta: Mapping[str, Any], text: str | None) -> dict[str, bytes]:
+def sample_members(
+    video: bytes | memoryview, ext: str, meta: Mapping[str, Any], text: str | None
+) -> dict[str, bytes | memoryview]:
     """The members of one sample, by extension; the metadata gets the video's `sha256` where it has none.
 
     Raises:
@@ -236,27 +251,7 @@ def sample_members(video: bytes, ext: str, meta: Mapping[str, Any], text: str | 
         raise ConfigError(f"{ext!r} is no video extension; known are {', '.join(VIDEO_EXTENSIONS)}")
     if "sha256" not in meta:
         meta = {**meta, "sha256": hashlib.sha256(video).hexdigest()}
-    members = {ext: bytes(video), "json": to_json(meta)}
+    members: dict[str, bytes | memoryview] = {ext: video, "json": to_json(meta)}
     if text is not None:
         members["txt"] = text.encode("utf-8", "replace")
     return members
-
-
-def repair_folder_index(folder: Path) -> list[ShardIndex]:
-    """Build every index of `folder` anew from its tars: index files beside them and `index.json` with checksums."""
-    indexes = []
-    for path in sorted(folder.glob("*.tar")):
-        index = index_tar(path)
-        note: Mapping[str, Any] = {}
-        with open(path, "rb") as file:
-            digest = hashlib.sha256()
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        with contextlib.suppress(OSError, ShardError):  # the writer's remark on this very tar stays
-            before = ShardIndex.from_bytes(index_path(path).read_bytes(), str(index_path(path)))
-            note = before.note if before.sha256 == digest.hexdigest() else {}
-        index = ShardIndex(index.name, index.num_bytes, index.samples, index.problems, digest.hexdigest(), note)
-        atomic_write(index_path(path), index.to_bytes())
-        indexes.append(index)
-    write_folder_index(folder, indexes)
-    return indexes

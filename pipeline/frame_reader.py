@@ -1,0 +1,213 @@
+"""Exact decoding with PyAV, frame by frame as they are stored, no packet more than they need. Needs no torch."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .bitstream import leaves_out_safely
+from .errors import DecodeError
+from .file_parts import FileParts
+from .indexed import packet_table
+from .packet_order import Run
+from .packet_table import Deadline, check_size, label
+from .picture import Orientation, orientation
+from .probe import VideoInfo
+
+
+@dataclass
+class DecodeStats:
+    """Work that a decoder has done so far: packets fed to it, runs begun at a key frame, pictures converted."""
+
+    packets: int = 0
+    runs: int = 0
+    pictures: int = 0
+
+
+class FrameReader:
+    """The frames of one video. Holds the file's packets; one thread; not to be shared between threads.
+
+    Args:
+        data: the video file.
+        info: what is known about the video. A file that no longer has as many frames is refused.
+        name: how errors call it.
+        timeout_s: for opening, and again from frame to frame.
+    Raises:
+        DecodeError: nothing can be decoded from `data`, or not what `info` promises.
+    """
+
+    def __init__(
+        self,
+        data: bytes | memoryview | FileParts,
+        *,
+        info: VideoInfo | None = None,
+        name: str = "",
+        timeout_s: float = 30.0,
+    ) -> None:
+        self.name, self.timeout_s = name, timeout_s
+        self.stats = DecodeStats()
+        self.table = packet_table(data, info, name=name, deadline=Deadline(timeout_s, name))
+        self._leaves_out = self.table.ordered and leaves_out_safely(
+            self.table.codec, bytes(self.table.source.codec().extradata or b"")
+        )
+        self.num_frames = self.table.num_frames
+        self.fps = self.table.fps
+        self.timestamps = self.table.times()
+        self.key_frames = self.table.key_frames
+        self._stored: tuple[int, int] | None = None
+        self._laid: Orientation | None = None
+
+    def pictures(self, indices: Sequence[int]) -> Generator[tuple[int, Any, Orientation], None, None]:
+        """The frames at rising `indices`, one at a time as they are stored: (index, PyAV frame, how it is to be laid).
+
+        For work on long stretches: nothing is converted, and one frame is in memory at a time. `timeout_s` counts anew
+        from frame to frame.
+
+        Raises:
+            DecodeError: as `frames_at` does.
+        """
+        wanted = check_indices(indices, self.num_frames, self.name)
+        if (np.diff(wanted) < 1).any():
+            raise ValueError(f"{label(self.name)}: pictures come in their order, but the indices do not rise")
+        for run in self.table.order.runs(wanted.tolist()):
+            deadline = Deadline(self.timeout_s, self.name)
+            for index, frame in self._collected(run, deadline):
+                yield index, frame, self._look(frame, index)
+                deadline.renew()
+
+    def _collected(self, run: Run, deadline: Deadline) -> Iterator[tuple[int, Any]]:
+        """Decode a run, and from an earlier key packet on where that was not enough.
+
+        Some streams mark packets as key that only begin a gradual refresh, after which pictures are complete.
+        """
+        order = self.table.order
+        key = int(np.searchsorted(order.keys, run.packets[0]))
+        last = -1  # that was given out
+        for earlier in (0, 1, 4):
+            if earlier:
+                run = order.run_from(int(order.keys[max(0, key - earlier)]), run.frames)
+            try:
+                for index, frame in self._decoded(run, deadline):
+                    if index > last:
+                        yield index, frame
+                        last = index
+                return
+            except DecodeError:
+                deadline.check()
+                if self.table.closed_keys or not order.ordered or key - earlier <= 0 or earlier == 4:
+                    raise
+
+    def _decoded(self, run: Run, deadline: Deadline) -> Iterator[tuple[int, Any]]:
+        """Decode one run. Damage anywhere in it is an error: frames after it may build on it without a sign of it."""
+        import av
+
+        table, wanted, ordered = self.table, set(run.frames), self.table.ordered
+        context = table.source.codec()
+        self.stats.runs += 1
+        came = _Came(self.name, ordered, run.frames)
+        try:
+            for position, index in zip(run.packets, table.order.rank[run.packets].tolist(), strict=True):
+                deadline.check()
+                if self._leaves_out:
+                    context.skip_frame = "DEFAULT" if index in wanted else "NONREF"
+                elif index >= 0 and ordered and index not in wanted:
+                    came.expect(index)
+                self.stats.packets += 1
+                for frame in context.decode(table.source.packet(position)):
+                    if (index := came.index_of(frame)) in wanted:
+                        yield index, frame
+                if not ordered and came.last >= run.frames[-1]:
+                    return
+            for frame in context.decode(None):
+                if (index := came.index_of(frame)) in wanted:
+                    yield index, frame
+        except (av.error.FFmpegError, ValueError) as err:
+            raise DecodeError(
+                f"{label(self.name)}: damaged between frames {max(0, int(table.order.rank[run.packets[0]]))} and "
+                f"{max(run.frames)} ({getattr(err, 'strerror', None) or err})."
+            ) from err
+        finally:
+            context.flush_buffers()
+        came.check(self.num_frames)
+
+    def _look(self, frame: Any, index: int) -> Orientation:
+        """How a frame is to be laid. Raises DecodeError where its size, or how it is turned, is not that of others."""
+        size = (frame.width, frame.height)
+        if self._stored not in (None, size):
+            raise DecodeError(
+                f"{label(self.name)}: frame {index} is {size[0]} x {size[1]}, others are "
+                f"{self._stored[0]} x {self._stored[1]}; split the video where its size changes."  # type: ignore[index]
+            )
+        check_size(*size, self.name)
+        self._stored = size
+        laid = orientation(frame, self.name, self.table.source.turn)
+        if self._laid not in (None, laid):
+            raise DecodeError(f"{label(self.name)}: frame {index} is turned otherwise than others; split it there.")
+        self._laid = laid
+        return laid
+
+    def close(self) -> None:
+        self.table.close()
+
+
+def check_indices(indices: Sequence[int], num_frames: int, name: str) -> np.ndarray:
+    """The indices as int64 [n]. Raises DecodeError where one is outside the video or there is none."""
+    wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
+    if len(wanted) == 0:
+        raise DecodeError(f"{name or 'the video'}: no frames were asked for.")
+    outside = wanted[(wanted < 0) | (wanted >= num_frames)]
+    if len(outside):
+        raise DecodeError(f"{name or 'the video'}: frame {outside[0]} was asked for, but it has {num_frames} frames.")
+    return wanted
+
+
+class _Came:
+    """Which frames of a run have come out of the decoder, and which are still to come. They come as they are shown.
+
+    Args:
+        frames: indices that have to come, rising.
+    """
+
+    def __init__(self, name: str, ordered: bool, frames: Sequence[int]) -> None:
+        self.name, self.ordered = name, ordered
+        self.last = -1
+        self._count = 0
+        self._expected = list(frames)  # a heap
+
+    def expect(self, index: int) -> None:
+        """One more that has to come."""
+        heapq.heappush(self._expected, index)
+
+    def index_of(self, frame: Any) -> int:
+        """The index of a frame that has come, -1 for one that an edit list hides. Raises DecodeError where it is
+        damaged, comes at the wrong time, or in place of one that has not come."""
+        # Where the container does not order its frames, the order in which they come does.
+        index = frame.pts if self.ordered else self._count
+        if frame.is_corrupt:
+            raise DecodeError(f"{label(self.name)}: the decoder says that frame {index} is damaged.")
+        if index is None:
+            return -1
+        if index <= self.last:
+            raise DecodeError(
+                f"{label(self.name)}: the decoder shows frame {index} after frame {self.last}, so the times in the "
+                "container, or the pictures, are damaged."
+            )
+        self.check(index)
+        if self._expected and self._expected[0] == index:
+            heapq.heappop(self._expected)
+        self.last = index
+        self._count += 1
+        return int(index)
+
+    def check(self, before: int) -> None:
+        """Raise DecodeError where a frame before this one was to come, and has not."""
+        if self._expected and self._expected[0] < before:
+            missing = [index for index in self._expected if index < before]
+            raise DecodeError(
+                f"{label(self.name)}: {len(missing)} frames did not come out of the decoder, frame {min(missing)} "
+                "first; the packets on the way to it, or the times in the container, are damaged."
+            )

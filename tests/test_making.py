@@ -1,0 +1,261 @@
+"""Probing sources and making clips of them: what is found, what is written, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from framestream.pipeline.decode import open_decoder
+from framestream.pipeline.errors import ConfigError, SampleError
+from framestream.pipeline.probe import VideoInfo, probe_video
+from framestream.pipeline.remote import Remote
+from framestream.tools import source_file
+from framestream.tools.clips import Clip
+from framestream.tools.inputs import Source
+from framestream.tools.making import ClipTask, MadeClip, encoder_version, make_clip
+from framestream.tools.pool import WorkerPool
+from framestream.tools.probing import Probed, ProbeTask, probe_source
+from framestream.tools.shard_options import Encoding, ShardOptions
+
+from remux import Track, remux
+from synthetic import make_video, read_indices, trim_by_copy
+from video_kinds import KINDS
+
+
+def source_of(path: Path, **more: Any) -> Source:
+    return Source(str(path), path.name, "key", size=path.stat().st_size, **more)
+
+
+def probed(path: Path, **more: Any) -> Probed:
+    return probe_source(ProbeTask(source_of(path, **more), None, Remote()))
+
+
+def task_of(
+    path: Path,
+    frames: tuple[int, int] | None = None,
+    *,
+    encode: bool = False,
+    encoding: Encoding | None = None,
+    **more: Any,
+) -> ClipTask:
+    source = source_of(path, **more)
+    info = probe_source(ProbeTask(source, None, Remote())).info
+    times = [*info.times(), info.duration]
+    start, end = (times[frames[0]], times[frames[1]]) if frames else (0.0, info.duration)
+    return ClipTask(Clip(source, "key", start, end, frames), info, encode, encoding or Encoding(gop=8), Remote())
+
+
+def video_of(made: MadeClip) -> tuple[str, bytes, dict[str, Any]]:
+    """Extension, bytes and metadata of the video in a sample."""
+    meta = json.loads(made.members["json"])
+    if made.whole is not None:
+        ext, source = made.whole
+        return ext, Path(source.path).read_bytes(), meta
+    (ext,) = made.members.keys() - {"json", "txt"}
+    return ext, made.members[ext], meta
+
+
+def indices(made: MadeClip) -> list[int]:
+    _, data, meta = video_of(made)
+    with open_decoder(data, backend="pyav", info=VideoInfo.from_json(meta)) as decoder:
+        return read_indices(decoder.frames_at(range(decoder.num_frames)))
+
+
+# --- probing ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["h264 variable rate", "h264 ts", "h264 rotated 90", "hevc open gop", "vp9 webm"])
+def test_probing_says_what_probe_video_says(tmp_path: Path, name: str) -> None:
+    path = KINDS[name].make(tmp_path)
+    found = probed(path)
+    assert found.info == probe_video(path)
+    assert found.info.packets is None
+    assert found.size == path.stat().st_size
+    assert found.scenes == ()
+
+
+@pytest.mark.parametrize("codec", ["h264", "hevc", "vp9"])
+def test_content_is_that_of_the_pictures(tmp_path: Path, codec: str) -> None:
+    path = make_video(tmp_path / "a.mp4", codec=codec, audio=True, num_frames=24)
+    same = [
+        remux(tmp_path / "b.mkv", Track(path)),
+        remux(tmp_path / "c.mp4", Track(path), metadata={"title": "another"}),
+        remux(tmp_path / "d.mp4", Track(path), Track(path, "audio"), container_options={"movflags": "faststart"}),
+    ]
+    others = [
+        make_video(tmp_path / "e.mp4", codec=codec, first_index=1, num_frames=24),
+        remux(tmp_path / "f.mp4", Track(path, skip=12)),
+    ]
+    content = probed(path).content
+    assert len(content) == 64
+    assert {probed(each).content for each in same} == {content}
+    assert content not in {probed(each).content for each in others}
+
+
+def test_an_edit_list_makes_other_content_of_the_same_packets(tmp_path: Path) -> None:
+    whole = make_video(tmp_path / "w.mp4")
+    cut = [trim_by_copy(whole, tmp_path / f"{start}.mp4", start=start) for start in (14, 15)]
+    assert len({probed(path).content for path in cut}) == 2
+
+
+def test_text_comes_from_the_row_or_the_file_beside(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "a.mp4", num_frames=4)
+    (tmp_path / "a.txt").write_text(" a dog \n")
+    assert probed(path).text is None
+    assert probed(path, text_file=str(tmp_path / "a.txt")).text == "a dog"
+    assert probed(path, text="a cat").text == "a cat"
+
+
+def test_what_is_no_video_is_a_sample_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"no video" * 100)
+    for path in (tmp_path / "a.mp4",):
+        with pytest.raises(SampleError, match=r"a\.mp4"):
+            probed(path)
+    gone = Source(str(tmp_path / "gone.mp4"), "gone.mp4", "key")
+    with pytest.raises(SampleError, match=r"gone\.mp4"):
+        probe_source(ProbeTask(gone, None, Remote()))
+
+
+# --- copies -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["h264 sound", "h264 ts", "h264 rotated 90", "h264 mirrored", "vp8 webm", "av1 mkv"])
+def test_whole_files_are_copied_untouched_and_indexed(tmp_path: Path, name: str) -> None:
+    path = KINDS[name].make(tmp_path)
+    made = make_clip(task_of(path, text="a dog", user={"score": 3}))
+    ext, data, meta = video_of(made)
+    assert (ext, data) == (path.suffix[1:], path.read_bytes())
+    assert made.members["txt"] == b"a dog"
+    info = probe_video(path, packets=True)
+    assert {k: v for k, v in meta.items() if k in info.to_json()} == json.loads(json.dumps(info.to_json()))
+    assert meta["sha256"] == hashlib.sha256(data).hexdigest()
+    assert (meta["source"], meta["text"], meta["user"]) == (path.name, "a dog", {"score": 3})
+    assert (meta["clip_start"], meta["clip_end"]) == (0.0, info.duration)
+    assert made.seconds == info.duration
+    assert VideoInfo.from_json(meta).packets == info.packets
+
+
+def test_a_file_that_has_changed_is_refused(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "a.mp4", num_frames=24)
+    other = make_video(tmp_path / "b.mp4", num_frames=23)
+    task = task_of(path)
+    path.write_bytes(other.read_bytes())
+    with pytest.raises(SampleError, match=r"a\.mp4.*changed"):
+        make_clip(task)
+    source = replace(task.clip.source, size=-1)  # a listing that does not say how long it is
+    for frames in (None, (0, 12)):
+        with pytest.raises(SampleError, match=r"a\.mp4.*changed"):
+            make_clip(replace(task, clip=replace(task.clip, source=source, frames=frames)))
+
+
+@pytest.mark.parametrize("name", ["h264 sound", "h264 picture begins later", "h264 sound first", "h264 ts"])
+def test_a_whole_file_loses_its_sound_and_nothing_else(tmp_path: Path, name: str) -> None:
+    path = KINDS[name].make(tmp_path)
+    task = task_of(path, encoding=Encoding(audio="drop"))
+    assert task.info.has_audio
+    made = make_clip(task)
+    ext, data, meta = video_of(made)
+    assert (ext, meta["has_audio"]) == ("mp4", False)
+    info = probe_video(data)
+    assert (info.num_frames, info.width, info.rotation) == (task.info.num_frames, task.info.width, task.info.rotation)
+    assert info.times() == pytest.approx(task.info.times(), abs=1e-4)
+    assert indices(made) == list(KINDS[name].shown)
+
+
+def test_a_silent_file_is_copied_untouched_where_sound_is_dropped(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "a.mp4", num_frames=12)
+    assert video_of(make_clip(task_of(path, encoding=Encoding(audio="drop"))))[1] == path.read_bytes()
+
+
+def test_a_part_is_copied_from_key_frame_to_key_frame(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "a.mkv", num_frames=60, gop=12, audio=True)
+    made = make_clip(task_of(path, (12, 36)))
+    ext, _, meta = video_of(made)
+    assert (ext, meta["num_frames"], meta["has_audio"], meta["codec"]) == ("mp4", 24, False, "h264")
+    assert "packets" in meta
+    assert indices(made) == list(range(12, 36))
+    with_sound = make_clip(task_of(path, (12, 36), encoding=Encoding(audio="keep")))
+    assert video_of(with_sound)[2]["has_audio"] is True
+    assert indices(with_sound) == list(range(12, 36))
+
+
+def test_a_part_that_cannot_be_cut_names_the_clip(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "a.mp4", num_frames=60, gop=12, open_gop=True, b_frames=3)
+    with pytest.raises(SampleError, match=r"a\.mp4 \(0\.5 to 1\.5 s\).*cannot be cut there"):
+        make_clip(task_of(path, (12, 36)))
+
+
+# --- encoding ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frames", [None, (11, 47)])
+def test_encoded_clips_have_their_frames_and_say_so(tmp_path: Path, frames: tuple[int, int] | None) -> None:
+    path = make_video(tmp_path / "a.mov", num_frames=60, gop=250, audio=True)
+    made = make_clip(task_of(path, frames, encode=True, encoding=Encoding(short_side=64, gop=8)))
+    ext, data, meta = video_of(made)
+    first, stop = frames or (0, 60)
+    assert (ext, meta["num_frames"], meta["height"], meta["has_audio"]) == ("mp4", stop - first, 64, False)
+    assert (meta["clip_start"], meta["clip_end"]) == (first / 24, stop / 24)
+    assert meta["sha256"] == hashlib.sha256(data).hexdigest()
+    assert meta["key_frames"] == list(range(0, stop - first, 8))
+    assert indices(made) == list(range(first, stop))
+
+
+def test_the_bytes_do_not_depend_on_what_the_process_did_before(tmp_path: Path) -> None:
+    paths = [make_video(tmp_path / f"{k}.mp4", num_frames=48, first_index=100 * k, audio=True) for k in range(2)]
+    tasks = [
+        task_of(path, frames, encode=encode, encoding=Encoding(gop=8, audio="keep"))
+        for frames in ((0, 12), (12, 36))
+        for path in paths
+        for encode in (True, False)
+    ]
+    here = [make_clip(task).members for task in tasks]
+    with WorkerPool(make_clip, workers=2, timeout_s=60) as pool:
+        there = [made.members for _, made in pool.map(reversed(tasks))]
+    assert there == here[::-1]
+
+
+def test_an_error_does_not_spoil_the_next_clip(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "a.mp4", num_frames=72, gop=12, size=(320, 192))
+    info = probe_video(path, packets=True)
+    assert info.packets is not None
+    data = bytearray(path.read_bytes())
+    at, size = int(info.packets.offset[30]), int(info.packets.size[30])
+    data[at + 4 : at + size] = b"\xff" * (size - 4)
+    path.write_bytes(data)
+    with pytest.raises(SampleError, match=r"a\.mp4 \(.*\)|a\.mp4"):
+        make_clip(task_of(path, (24, 36), encode=True))
+    assert indices(make_clip(task_of(path, (48, 60), encode=True))) == list(range(48, 60))
+
+
+def test_metadata_that_cannot_be_written_is_a_reject_of_its_clip(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "a.mp4", num_frames=4)
+    with pytest.raises(SampleError, match=r"a\.mp4: metadata cannot become JSON"):
+        make_clip(task_of(path, user={"x": b"bytes"}))
+
+
+@pytest.mark.parametrize(("codec", "encoder"), [("h264", "libx264"), ("av1", "libsvtav1")])
+def test_the_version_names_what_encodes(codec: Any, encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import av
+
+    options = ShardOptions(encoding=Encoding(codec=codec))
+    assert encoder in encoder_version(options)
+    assert f"PyAV {av.__version__}" in encoder_version(options)
+    monkeypatch.setattr(av, "codecs_available", {"h264"})  # a PyAV that somebody built without encoders
+    with pytest.raises(ConfigError, match=f"without {encoder}"):
+        encoder_version(options)
+
+
+def test_a_mapped_file_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_video(tmp_path / "a.mp4", num_frames=48, gop=12, audio=True)
+    keep = Encoding(gop=8, audio="keep")
+    tasks = [task_of(path, (12, 24), encode=True, encoding=keep), task_of(path, (12, 24), encoding=keep), task_of(path)]
+    read = [make_clip(task).members for task in tasks]
+    make_clip(task_of(make_video(tmp_path / "b.mp4", num_frames=12), (0, 12)))  # so that the other is opened anew
+    monkeypatch.setattr(source_file, "IN_MEMORY", 1)  # bytes from which files are mapped
+    assert [make_clip(task).members for task in tasks] == read
