@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from framestream.pipeline.shards import ShardSet
 
@@ -79,9 +80,10 @@ def s3_storage(folder: Path, server: str, prefix: str) -> Iterator[Storage]:
 def upload(server: str, folder: Path, prefix: str) -> None:
     """Put the files of `folder` into the bucket."""
     s3_request(server, "PUT", "")
-    for path in folder.iterdir():
+    for path in folder.rglob("*"):
         if path.is_file():
-            s3_request(server, "PUT", f"/{prefix}/{path.name}", path.read_bytes())
+            name = quote(path.relative_to(folder).as_posix())
+            s3_request(server, "PUT", f"/{prefix}/{name}", path.read_bytes())
 
 
 def s3_request(server: str, method: str, key: str, data: bytes = b"") -> None:

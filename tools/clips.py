@@ -1,53 +1,43 @@
-"""Which clips a source is cut into, and which of them train and which are held out. Pure."""
+"""Which clips one source is cut into, and which of them train and which are held out. Pure."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
-from framestream.pipeline.errors import ConfigError
 from framestream.pipeline.probe import VideoInfo
 
 from .inputs import Source
+from .shard_options import Cutting, ShardOptions
 
-MIN_SECONDS = 0.01  # of a clip, and from one to the next: below that there are more clips than frames
+MIN_SCENE_SECONDS = 0.5  # of a scene that becomes a clip: what is shorter is a flash or a transition
+SHORT_REMAINDER = "remainder shorter than half a clip"
+SHORT_SCENE = "scene shorter than half a clip"
+FLASH = f"scene shorter than {MIN_SCENE_SECONDS:g} s"
+SHORT_PACKETS = "shorter than half a clip from key frame to key frame"
+OUTSIDE_KEY_FRAMES = "no key frame to begin or end it"
+TOO_SHORT = "shorter than half a clip"  # of whole sources
+NO_FRAME = "no frame begins in it"
+GAP = "in the gap before the held-out part"
 _EPSILON = 1e-6  # seconds: times computed in floating point are not worth more
-
-
-@dataclass(frozen=True)
-class Cutting:
-    """How sources become clips. All in seconds; `clip_seconds` None takes every source as one clip."""
-
-    clip_seconds: float | None = None
-    stride_seconds: float | None = None
-    val_tail: float = 0.0  # share of each source, at its end, that is held out
-    val_gap: float = 0.0  # seconds before the held-out part that are used for nothing
-
-    def __post_init__(self) -> None:
-        for name in ("clip_seconds", "stride_seconds"):
-            value = getattr(self, name)
-            if value is not None and not MIN_SECONDS <= value < float("inf"):
-                name = name.replace("stride", "clip_stride")
-                raise ConfigError(f"{name} is {value}, it has to be at least {MIN_SECONDS}")
-        if self.clip_seconds is None and (self.stride_seconds is not None or self.val_tail or self.val_gap):
-            raise ConfigError("clip_stride_seconds, val_tail and val_gap cut videos into clips: set clip_seconds too")
-        if not 0.0 <= self.val_tail < 1.0 or not 0.0 <= self.val_gap < float("inf"):
-            raise ConfigError(
-                f"val_tail has to be from 0 to below 1 and val_gap at least 0 s, got {self.val_tail} and {self.val_gap}"
-            )
-        if self.val_gap and not self.val_tail:
-            raise ConfigError("val_gap is the distance to the held-out part: set val_tail too")
+_END_SLACK = 0.5  # seconds that a row may ask for behind the end: container and last frame often differ by that
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One planned sample. `frames` is its range of frames in the source, None for the whole file."""
+    """One planned sample.
+
+    Attributes:
+        key: of the sample, unique in the plan.
+        start, end: seconds in the source.
+        frames: [first, stop) in the source, None for the whole file.
+    """
 
     source: Source
     key: str
@@ -55,115 +45,196 @@ class Clip:
     end: float
     frames: tuple[int, int] | None
 
-    def identity(self) -> list[Any]:
-        """What decides the sample's bytes, apart from the encoder's settings."""
-        s = self.source
-        return [s.source, s.size, self.key, self.start, self.end, self.frames, s.text, dict(s.user)]
-
 
 @dataclass
-class Plan:
-    """Clips per split, and what was not worth planning: dropped clips and sources by rule."""
+class Cut:
+    """What one source is cut into.
 
-    splits: dict[str, list[Clip]] = field(default_factory=dict)
-    dropped_clips: Counter[str] = field(default_factory=Counter)
-    dropped_sources: Counter[str] = field(default_factory=Counter)
-    rejects: list[dict[str, Any]] = field(default_factory=list)
+    Attributes:
+        clips: each with its split, in order of time.
+        dropped: clips that are not worth making, by rule.
+        rejected: why the source cannot be used at all; "" where it can.
+    """
+
+    clips: list[tuple[str, Clip]] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    rejected: str = ""
 
     @property
-    def num_clips(self) -> int:
-        return sum(map(len, self.splits.values()))
+    def left_out(self) -> str:
+        """The rule by which a source without clips is left out; "" where it has clips or is rejected."""
+        if self.clips or self.rejected:
+            return ""
+        if self.dropped.keys() & {SHORT_REMAINDER, SHORT_SCENE, SHORT_PACKETS}:
+            return TOO_SHORT
+        return min(self.dropped, default=NO_FRAME)
 
 
-def plan_clips(sources: Sequence[Source], infos: Sequence[VideoInfo | str], cutting: Cutting) -> Plan:
-    """Cut all sources; `infos` has for each what probing said: its VideoInfo, or why it is rejected.
+class _Piece(NamedTuple):
+    """A wanted clip in seconds, and the rule by which it is dropped ("" to keep it)."""
 
-    Raises:
-        ConfigError: sources have splits of their own and `val_tail` asks for others.
+    start: float
+    end: float
+    rule: str = ""
+
+
+def cut(
+    source: Source,
+    info: VideoInfo,
+    scenes: Sequence[int],
+    options: ShardOptions,
+    split: str = "",
+    times: Callable[[], np.ndarray] | None = None,
+) -> Cut:
+    """Cut one source.
+
+    Clips are named KEY-00000 and so on; KEY alone where sources are taken as they are. Where nothing is encoded
+    anew (`transcode` is never) a clip begins at the last key frame at or before the wanted time, and ends where the
+    next one begins.
+
+    Args:
+        scenes: first frame of every scene but the first, rising; looked at only where `scene_threshold` is set.
+        split: of all clips; with `val_tail` they are "train" or "val" instead.
+        times: gives `info.times()`, for callers that cut many parts of one long video; None to ask `info`.
     """
-    named = sorted({source.split for source in sources if source.split})
-    if named and cutting.val_tail:
-        raise ConfigError(f"the manifest has splits ({', '.join(named)}) and val_tail makes others: use one of them")
-    plan = Plan({"train": [], "val": []} if cutting.val_tail else {name: [] for name in named})
-    for source, info in zip(sources, infos, strict=True):
-        if isinstance(info, str):
-            plan.rejects.append({"source": source.source, "reason": info})
-            continue
-        start, end = source.start or 0.0, info.duration if source.end is None else source.end
-        if start >= info.duration or end > info.duration + 0.5:
-            reason = f"its row asks for {start:g} to {end:g} s, the video has {info.duration:.3f} s"
-            plan.rejects.append({"source": source.source, "reason": reason})
-            continue
-        clips = _cut(source, info, start, min(end, info.duration), cutting, plan.dropped_clips)
-        if not clips:
-            plan.dropped_sources["shorter than half a clip"] += 1
-        for split, clip in _held_out(clips, start, min(end, info.duration), cutting):
-            if split is None:
-                plan.dropped_clips["in the gap before the held-out part"] += 1
-            else:
-                plan.splits.setdefault(split or source.split or ("train" if named else ""), []).append(clip)
-    if not plan.splits:
-        plan.splits[""] = []
-    return plan
-
-
-def _cut(
-    source: Source, info: VideoInfo, start: float, end: float, cutting: Cutting, dropped: Counter[str]
-) -> list[Clip]:
-    times = info.times()
-    if cutting.clip_seconds is None:
-        if source.start is None and source.end is None:
-            return [Clip(source, source.key, 0.0, _rounded(info.duration), None)]
-        return _clip(source, source.key, times, start, end)
-    length, stride = cutting.clip_seconds, cutting.stride_seconds or cutting.clip_seconds
-    if length >= info.duration - _EPSILON and source.start is None and source.end is None:
-        if info.duration < length / 2 - _EPSILON:
-            dropped["remainder shorter than half a clip"] += 1
-            return []
-        return [Clip(source, f"{source.key}-00000", 0.0, _rounded(info.duration), None)]
+    result = Cut()
+    result.rejected = not_in(source, info)
+    if result.rejected:
+        return result
+    start = source.start or 0.0
+    end = info.duration if source.end is None else min(source.end, info.duration)
+    whole = source.start is None and source.end is None
+    cutting = options.cutting
+    if whole and not cutting.cuts:
+        result.clips = [(split, Clip(source, source.key, 0.0, _rounded(info.duration), None))]
+        return result
+    at = (times or info.times)()
+    borders = _scene_borders(at, scenes, start, end) if cutting.scene_threshold is not None else [start, end]
+    pieces = _pieces(borders, cutting)
+    if options.transcode == "never":
+        pieces, ranges = _at_key_frames(pieces, info, at, end, cutting, result.dropped)
+    else:
+        ranges = _frames(pieces, info, at)
     clips = []
+    for number, (piece, frames) in enumerate(zip(pieces, ranges, strict=True)):
+        if piece.rule:
+            result.dropped[piece.rule] += 1
+            continue
+        key = f"{source.key}-{number:05d}" if cutting.cuts else source.key
+        if whole and frames == (0, info.num_frames):
+            clips.append(Clip(source, key, 0.0, _rounded(info.duration), None))
+        elif frames[1] > frames[0]:
+            clips.append(Clip(source, key, _rounded(piece.start), _rounded(piece.end), frames))
+        else:
+            result.dropped[NO_FRAME] += 1
+    result.clips = _held_out(clips, start, end, cutting, split, result.dropped)
+    return result
+
+
+def not_in(source: Source, info: VideoInfo) -> str:
+    """Why the video does not have the part that is asked for; "" where it does."""
+    start = source.start or 0.0
+    end = info.duration if source.end is None else source.end
+    if start < info.duration and end <= info.duration + _END_SLACK:
+        return ""
+    return f"its row asks for {start:g} to {end:g} s, the video has {info.duration:.3f} s"
+
+
+def _frames(pieces: Sequence[_Piece], info: VideoInfo, times: np.ndarray) -> list[tuple[int, int]]:
+    """[first, stop) of the frames that begin in each piece."""
+    borders = np.array([(piece.start, piece.end) for piece in pieces])
+    found = times.searchsorted(borders - _EPSILON)
+    found[borders[:, 1] >= info.duration - _EPSILON, 1] = info.num_frames
+    return [(first, stop) for first, stop in found.tolist()]
+
+
+def _scene_borders(times: np.ndarray, scenes: Sequence[int], start: float, end: float) -> list[float]:
+    """Where the scenes of [start, end) begin and end, in seconds."""
+    inside = (float(times[scene]) for scene in scenes if scene < len(times))
+    return [start, *(time for time in inside if start + _EPSILON < time < end - _EPSILON), end]
+
+
+def _pieces(borders: Sequence[float], cutting: Cutting) -> list[_Piece]:
+    """What is wanted of the stretches between `borders`, in order, those that are too short included."""
+    length = cutting.clip_seconds
+    several = len(borders) > 2
+    pieces = []
+    for start, end in pairwise(borders):
+        if length is None:
+            rule = FLASH if several and end - start < MIN_SCENE_SECONDS - _EPSILON else ""
+            pieces.append(_Piece(start, end, rule))
+            continue
+        for number, (first, last) in enumerate(_stretches(start, end, length, cutting.stride_seconds or length)):
+            short = last - first < length / 2 - _EPSILON
+            rule = SHORT_SCENE if several and number == 0 else SHORT_REMAINDER
+            pieces.append(_Piece(first, last, rule if short else ""))
+    return pieces
+
+
+def _stretches(start: float, end: float, length: float, stride: float) -> Iterator[tuple[float, float]]:
+    """Clips of [start, end) in seconds; the last ones may be shorter than `length`."""
     number = 0
     while (first := start + number * stride) < end - _EPSILON:
-        last = min(first + length, end)
         if number and first - stride + length >= end - _EPSILON:
             break  # the clip before this one reaches the end: of overlapping clips the rest only repeats it
-        if last - first < length / 2 - _EPSILON:
-            dropped["remainder shorter than half a clip"] += 1
-        else:
-            clips += _clip(source, f"{source.key}-{number:05d}", times, first, last)
+        yield first, min(first + length, end)
         number += 1
-    return clips
 
 
-def _clip(source: Source, key: str, times: np.ndarray, start: float, end: float) -> list[Clip]:
-    first, stop = (int(np.searchsorted(times, t - _EPSILON)) for t in (start, end))
-    return [Clip(source, key, _rounded(start), _rounded(end), (first, stop))] if stop > first else []
+def _at_key_frames(
+    pieces: Sequence[_Piece], info: VideoInfo, times: np.ndarray, end: float, cutting: Cutting, dropped: Counter[str]
+) -> tuple[list[_Piece], list[tuple[int, int]]]:
+    """The pieces moved to key frames, so that their packets can be copied, and their frames.
+
+    Neighbours stay neighbours. A piece that begins and ends at the same key frame vanishes: its neighbours have what
+    was in it. Only what lies before the first key frame, and behind the last one before `end`, goes to nobody; each
+    counts as a dropped clip.
+    """
+    keys = [*info.key_frames, info.num_frames]
+    begins = [*(float(times[key]) for key in info.key_frames), info.duration]
+
+    def moved(time: float) -> int:
+        """Where in `keys` the last key frame at or before `time` is, or else the first one."""
+        return max(0, bisect_right(begins, time + _EPSILON) - 1)
+
+    shortest, rule = MIN_SCENE_SECONDS if len(pieces) > 1 else 0.0, FLASH
+    if cutting.clip_seconds is not None:
+        shortest, rule = cutting.clip_seconds / 2, SHORT_PACKETS
+    kept, frames = [], []
+    for piece in pieces:
+        first, last = moved(piece.start), moved(piece.end)
+        if last > first:
+            short = begins[last] - begins[first] < shortest - _EPSILON
+            kept.append(_Piece(begins[first], begins[last], (piece.rule or rule) if short else ""))
+            frames.append((keys[first], keys[last]))
+    for lost in (begins[0] > pieces[0].start + _EPSILON, begins[moved(end)] < end - _EPSILON):
+        if lost:
+            dropped[OUTSIDE_KEY_FRAMES] += 1
+    return kept, frames
 
 
 def _rounded(seconds: float) -> float:
     return round(seconds, 6)
 
 
-def _held_out(clips: Sequence[Clip], start: float, end: float, cutting: Cutting) -> list[tuple[str | None, Clip]]:
-    """(split, clip): "train", "val", or None in the gap; "" where nothing is held out.
+def _held_out(
+    clips: Sequence[Clip], start: float, end: float, cutting: Cutting, split: str, dropped: Counter[str]
+) -> list[tuple[str, Clip]]:
+    """Each clip with its split; those in the gap are dropped.
 
     The held-out part begins with the first clip inside the last `val_tail` of the source, so that no clip but
     those in the gap is lost to it.
     """
     if not cutting.val_tail:
-        return [("", clip) for clip in clips]
+        return [(split, clip) for clip in clips]
     border = start + (end - start) * (1.0 - cutting.val_tail)
     border = min((clip.start for clip in clips if clip.start >= border - _EPSILON), default=end + cutting.val_gap)
-    placed: list[tuple[str | None, Clip]] = []
+    placed = []
     for clip in clips:
         if clip.start >= border - _EPSILON:
             placed.append(("val", clip))
+        elif clip.end <= border - cutting.val_gap + _EPSILON:
+            placed.append(("train", clip))
         else:
-            placed.append(("train" if clip.end <= border - cutting.val_gap + _EPSILON else None, clip))
+            dropped[GAP] += 1
     return placed
-
-
-def digest(clips: Sequence[Clip], options: Mapping[str, Any]) -> str:
-    """Names a split's plan: equal when the same shards come out of it."""
-    content = json.dumps([dict(options), [clip.identity() for clip in clips]], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:32]

