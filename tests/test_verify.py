@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import av
 import pytest
 
 from framestream.pipeline.errors import ConfigError, ShardError
-from framestream.pipeline.probe import VideoInfo
+from framestream.pipeline.probe import VideoInfo, probe_video
 from framestream.pipeline.shards import ShardSet, ShardWriter
-from framestream.tools.verify import ShardTask, check_shard, verify, verify_folder
+from framestream.tools.verify import verify, verify_folder
+from framestream.tools.verify_shard import ShardTask, check_shard, chosen
 
-from synthetic_shards import make_shards, small_video
+from fault_proxy import FaultProxy, RangeServer, running
+from remote_storage import http_storage, s3_server, s3_storage, upload
+from synthetic import video_bytes
+from synthetic_shards import clip_key, make_shards, small_video
+from tars import write_tar
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +112,7 @@ def test_an_error_nobody_expected_costs_its_sample_only(tmp_path: Path, monkeypa
 
     from_json = VideoInfo.from_json
     monkeypatch.setattr(VideoInfo, "from_json", odd)
-    found = check_shard(ShardTask(tmp_path / "t" / "clips-000000.tar", "none")).problems
+    found = check_shard(ShardTask(str(tmp_path / "t" / "clips-000000.tar"), "none")).problems
     assert "sample 'first' cannot be checked (ZeroDivisionError: nobody thought of it)" in found[0]
     assert "sample 'second' has num_frames 20, its .json says 21" in found[1]
 
@@ -200,3 +213,307 @@ def test_impossible_requests(tmp_path: Path) -> None:
         verify_folder(tmp_path / "x.tar")
     with pytest.raises(ConfigError, match="decode"):
         verify_folder(tmp_path, decode="some")  # type: ignore[arg-type]
+
+
+# Which videos are decoded
+
+
+def test_a_share_of_the_videos_is_decoded_and_the_same_ones_again(tmp_path: Path) -> None:
+    folder = make_shards(tmp_path / "s", num_samples=40, samples_per_shard=7, num_frames=6)
+    first, second = (verify_folder(folder, decode_share=0.3, workers=1).num_decoded for _ in range(2))
+    assert 0 < first == second < 40
+    small, large = ({n for n in range(1000) if chosen(clip_key(n), share)} for share in (0.05, 0.3))
+    assert small < large
+    assert 20 < len(small) < 100
+    assert not any(chosen(clip_key(n), 0.0) for n in range(1000))
+    assert all(chosen(clip_key(n), 1.0) for n in range(1000))
+    with pytest.raises(ConfigError, match=r"decode_share is 1\.5"):
+        verify_folder(folder, decode_share=1.5)
+
+
+# A decoder that hangs or crashes
+
+
+def endless_video() -> bytes:
+    """A small file that takes long to decode: the packets of one short GOP, again and again."""
+    data = video_bytes(num_frames=2, size=(1920, 1080), gop=2, b_frames=0)
+    whole = io.BytesIO()
+    with av.open(io.BytesIO(data)) as source, av.open(whole, "w", format="mp4") as container:
+        stream = source.streams.video[0]
+        copy = container.add_stream_from_template(stream)
+        packets = [packet for packet in source.demux(stream) if packet.size]
+        for number in range(3000):
+            packet = av.Packet(bytes(packets[number % 2]))
+            packet.is_keyframe = number % 2 == 0
+            packet.stream, packet.time_base = copy, stream.time_base
+            packet.pts = packet.dts = number * (packets[1].pts - packets[0].pts)
+            container.mux(packet)
+    return whole.getvalue()
+
+
+@pytest.mark.slow
+def test_a_clip_that_hangs_its_decoder_costs_itself_only(tmp_path: Path) -> None:
+    """It is in the second shard, and second there: the first task of a process has time to import."""
+    video, info = small_video(0, 20, (96, 64), ".mp4")
+    endless = endless_video()
+    with ShardWriter(tmp_path / "s", samples_per_shard=3) as writer:
+        for key in ("a", "b", "c", "d"):
+            writer.write(key, video, meta=info)
+        writer.write("endless", endless, meta=probe_video(endless, packets=True).to_json())
+        writer.write("changed", video, meta={**info, "num_frames": 21})
+    calls: list[tuple[int, int, int]] = []
+    report = verify_folder(
+        tmp_path / "s", decode="all", workers=1, timeout_s=HANG_S, progress=lambda *numbers: calls.append(numbers)
+    )
+    assert [check.num_samples for _, check in report.checks] == [3, 3]
+    assert report.num_decoded == 5
+    words = f"clips-000001.tar: sample 'endless' cannot be checked: it took longer than {HANG_S:g} s"
+    assert report.problems[0].startswith(words)
+    assert all("sample 'changed'" in problem for problem in report.problems[1:])
+    assert calls == [(0, 2, 0), (1, 2, 0), (2, 2, len(report.problems))]
+
+
+HANG_S = 2.0
+
+
+# Remote storage
+
+
+def test_shards_in_a_bucket(tmp_path: Path) -> None:
+    local = tmp_path / "d"
+    make_shards(local / "train", num_samples=5, samples_per_shard=2, num_frames=12)
+    make_shards(local / "val", num_samples=1, num_frames=12)
+    path = local / "train" / "clips-000001.tar"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    (local / "train" / "clips-000002.idx.json").unlink()
+    expected = verify_folder(local, decode="none", workers=1)
+    assert expected.problems
+    with s3_server() as server, s3_storage(local / "train", server, "set/train") as storage:
+        upload(server, local / "val", "set/val")
+        url = storage.url.removesuffix("/train")
+        report = verify_folder(url, decode="none", workers=2, storage_options=storage.options)
+        assert report.problems == expected.problems
+        assert report.num_samples == expected.num_samples
+        assert [place.name for place, _ in report.checks] == ["train"] * 3 + ["val"]
+        with pytest.raises(ConfigError, match="is remote and nothing is written there"):
+            verify_folder(url, repair_index=True, storage_options=storage.options)
+        with pytest.raises(ShardError, match=r"holds no \.tar"):
+            verify_folder(f"{url}/nothing", storage_options=storage.options)
+
+
+def test_remote_shards_take_the_room_of_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_shards(tmp_path / "s", num_samples=8, samples_per_shard=1, num_frames=12)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    most = 0
+
+    def measure(done: int, total: int, bad: int) -> None:
+        nonlocal most
+        most = max(most, sum(1 for path in scratch.rglob("*.tar")))
+
+    with http_storage(folder) as storage:
+        assert verify_folder(storage.url, decode="none", workers=2, progress=measure).problems == []
+    assert most <= 2
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_web_server_that_lists_nothing(tmp_path: Path) -> None:
+    """What there is, is known from index.json, and from report.json where there are splits."""
+    for split in ("train", "val"):
+        make_shards(tmp_path / "d" / split, num_samples=3, samples_per_shard=2, num_frames=12)
+    report_of = {"splits": {split: {"samples": 3, "shards": 2} for split in ("train", "val")}}
+    (tmp_path / "d" / "report.json").write_text(json.dumps(report_of))
+    (tmp_path / "d" / "val" / "clips-000001.tar").unlink()
+    with running(RangeServer(tmp_path / "d")) as server, running(FaultProxy(server.url)) as proxy:
+        proxy.inject("/", "403", times=1000)
+        report = verify_folder(proxy.url, decode="none", workers=1)
+        with pytest.raises(ShardError, match="403"):
+            verify_folder(f"{proxy.url}/nothing")
+    assert [check.name for _, check in report.checks] == ["clips-000000.tar", "clips-000001.tar"] * 2
+    assert report.problems[0].startswith("val: clips-000001.tar")
+    assert "cannot be found" in report.problems[0]
+    assert "val has samples 2, report.json says 3." in report.problems
+
+
+# Totals
+
+SOUND: dict[str, Any] = {
+    "inputs": {"found": 9, "sampled": 4, "rejected": 2, "filtered": 2, "duplicate": 1},
+    "clips": {"planned": 6, "written": 4, "rejected": 2},
+    "splits": {"": {"samples": 4, "shards": 2}},
+}
+CLIP, INPUT = '{"source": "x", "reason": "y", "key": "x-1"}\n', '{"source": "x"}\n'
+LISTS = {"rejects.jsonl": INPUT + 2 * CLIP, "left_out.jsonl": 3 * INPUT}
+
+
+def with_report(folder: Path, changes: dict[str, Any], lists: dict[str, str] | None = None) -> str:
+    content = {part: {**sound, **changes.get(part, {})} for part, sound in SOUND.items()}
+    (folder / "report.json").write_text(json.dumps(content))
+    for name, lines in (LISTS if lists is None else lists).items():
+        (folder / name).write_text(lines)
+    return problems(folder)
+
+
+def test_numbers_that_add_up(folder: Path) -> None:
+    assert with_report(folder, {}) == ""
+    only_clips = {"inputs": {"found": 8, "rejected": 1}}  # one lost a clip, the other all of them
+    assert with_report(folder, only_clips, {**LISTS, "rejects.jsonl": 2 * CLIP}) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"inputs": {"found": 10}}, "10 inputs found, which are not 4 sampled + 2 rejected + 2 filtered + 1 duplicate"),
+        ({"clips": {"planned": 7}}, "7 clips planned, which are not 4 written + 2 rejected"),
+        ({"clips": {"written": 5, "planned": 7}}, "the shards hold 4 samples, report.json says 5 clips written"),
+        ({"splits": {"": {"samples": 4, "shards": 3}}}, "the folder has shards 2, report.json says 3"),
+        ({"splits": {"val": {"samples": 1, "shards": 1}}}, "val has shards 0, report.json says 1"),
+        ({"clips": {"rejected": 1, "planned": 5}}, "rejects.jsonl lists 2 clips, report.json says 1 clips rejected"),
+        ({"inputs": {"rejected": 4, "found": 11}}, "rejects.jsonl lists 1 inputs, report.json says 4 inputs rejected"),
+        ({"inputs": {"filtered": 3, "found": 10}}, "left_out.jsonl lists 3 inputs, report.json says 4 filtered or"),
+    ],
+)
+def test_numbers_that_do_not(folder: Path, changes: dict[str, Any], words: str) -> None:
+    assert words in with_report(folder, changes)
+
+
+def test_missing_and_damaged_reports_and_lists(folder: Path) -> None:
+    text = with_report(folder, {}, {"rejects.jsonl": LISTS["rejects.jsonl"] + "[\n7\n"})
+    assert "2 lines of rejects.jsonl are no JSON objects" in text
+    assert "there is no left_out.jsonl beside report.json" in text
+    (folder / "report.json").write_text("{")
+    assert "report.json is damaged" in problems(folder)
+    for others in (
+        '{"inputs": 3, "clips": {"planned": "4"}, "splits": [1], "rejects": null}',
+        "[]",
+        '{"report": "ok"}',
+    ):
+        (folder / "report.json").write_text(others)
+        assert problems(folder) == ""  # somebody else's
+    assert with_report(folder, {"inputs": {"filtered": {"too short": 2}}}) == ""
+
+
+def test_index_and_report_are_of_one_run(folder: Path) -> None:
+    edit_json(folder / "index.json", lambda c: c.update(inputs=SOUND["inputs"], clips=SOUND["clips"]))
+    assert with_report(folder, {}) == ""
+    edit_json(folder / "index.json", lambda c: c["inputs"].update(found=8, rejected=1))
+    assert problems(folder) == "index.json counts other inputs than report.json: they are of two runs."
+    edit_json(folder / "index.json", lambda c: c["inputs"].update(found=7))
+    assert "index.json says 7 inputs found, which are not 4 sampled + 1 rejected" in problems(folder)
+
+
+# Repair
+
+
+def test_repair_touches_only_what_is_wrong(folder: Path) -> None:
+    index = folder / "clips-000000.idx.json"
+    content = {**json.loads(index.read_text()), "sha256": None}
+    index.write_text(json.dumps(content, indent=2))  # says less than the writer's, and nothing wrong
+    (folder / "clips-000001.idx.json").unlink()
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()}
+    report = verify_folder(folder, decode="none", repair_index=True, workers=1)
+    assert (report.problems, report.num_repaired) == ([], 1)
+    after = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()}
+    assert after.pop("clips-000001.idx.json")
+    assert after == before
+
+
+def test_repair_keeps_what_the_writer_noted(folder: Path) -> None:
+    index = folder / "clips-000000.idx.json"
+    content = {**json.loads(index.read_text()), "note": {"plan": "x"}}
+    index.write_text(json.dumps({**content, "samples": []}))
+    verify_folder(folder, decode="none", repair_index=True, workers=1)
+    assert json.loads(index.read_text()) == content
+    folder_index = json.loads((folder / "index.json").read_text())
+    changed = {**folder_index, "inputs": SOUND["inputs"], "shards": folder_index["shards"][:1]}
+    (folder / "index.json").write_text(json.dumps(changed))
+    assert verify_folder(folder, decode="none", repair_index=True, workers=1).num_repaired == 1
+    assert json.loads((folder / "index.json").read_text()) == {**changed, "shards": folder_index["shards"]}
+
+
+def test_repair_goes_round_a_shard_that_cannot_be_read(folder: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    (folder / "clips-000000.tar").chmod(0)
+    (folder / "clips-000001.idx.json").unlink()
+    before = (folder / "index.json").read_bytes()
+    report = verify_folder(folder, decode="none", repair_index=True, workers=1)
+    assert report.num_repaired == 1
+    assert "clips-000000.tar" in " ".join(report.problems)
+    assert (folder / "index.json").read_bytes() == before
+
+
+# Metadata that is missing
+
+
+def test_samples_without_metadata_among_others(tmp_path: Path) -> None:
+    video, info = small_video(0, 20, (96, 64), ".mp4")
+    with ShardWriter(tmp_path / "t") as writer:
+        writer.write("ours", video, meta=info)
+    write_tar(tmp_path / "t" / "clips-000001.tar", [("theirs.mp4", video), ("more.mp4", video), ("more.json", b"{}")])
+    text = problems(tmp_path / "t")
+    assert "2 samples have no metadata about their video, 'theirs' in clips-000001.tar first" in text
+    assert text.count("metadata") == 1
+
+
+def test_a_key_that_is_everywhere_is_told_in_few_sentences(tmp_path: Path) -> None:
+    video, info = small_video(0, 6, (96, 64), ".mp4")
+    for number in range(2):
+        with ShardWriter(tmp_path / "t", prefix=f"p{number}") as writer:
+            for sample in range(30):
+                writer.write(f"k{sample}", video, meta=info)
+    repeated = [p for p in verify_folder(tmp_path / "t", decode="none", workers=1).problems if "key" in p]
+    assert len(repeated) == 21
+    assert "key 'k0' is in p0-000000.tar and p1-000000.tar." in repeated
+    assert repeated[-1] == "10 more keys are in several shards."
+
+
+# The command
+
+
+def test_what_the_command_says(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(str(folder), decode_share=0.5, workers=1, log="json") == 0
+    said = capsys.readouterr()
+    facts = json.loads(said.out)
+    assert facts["problems"] == []
+    assert (facts["shards"], facts["samples"]) == (2, 4)
+    assert 0 < facts["decoded"] < 4
+    events = [json.loads(line) for line in said.err.splitlines()]
+    assert [event["event"] for event in events] == ["progress", "end"]
+    assert verify(str(folder), decode_share=0.5, workers=1) == 0
+    said = capsys.readouterr()
+    assert f"first and last frame of {facts['decoded']} of 4 videos were decoded" in said.out
+    (folder / "index.json").unlink()
+    assert verify(str(folder), decode="none", workers=1, log="quiet") == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert "there is no index.json" in said.err
+
+
+def test_ctrl_c(tmp_path: Path) -> None:
+    folder = make_shards(tmp_path / "s", num_samples=200, samples_per_shard=1, num_frames=12)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    code = (
+        "import sys; from framestream.tools import progress; progress._Plain.first_after_s = 0.0; "
+        "from framestream.tools.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "verify", str(folder), "--decode", "all", "--workers", "2", "--log", "plain"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "TMPDIR": str(scratch)},
+    )
+    assert process.stderr is not None
+    process.stderr.readline()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+    said = process.stderr.read()
+    assert process.wait() == 130
+    assert "framestream verify: stopped; nothing was changed" in said
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    assert list(scratch.iterdir()) == []
