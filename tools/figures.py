@@ -47,7 +47,7 @@ def difference_uri(one: np.ndarray, other: np.ndarray, full_scale: float) -> str
     return png_uri((coloured * 255).round().astype(np.uint8))
 
 
-def _themed(draw: Callable[[Axes], None], name: str, label: str, width: float, height: float) -> str:
+def themed(draw: Callable[[Axes], None], name: str, label: str, width: float, height: float) -> str:
     """A matplotlib chart as inline SVG: page colours, page fonts, ids of its own."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -84,7 +84,7 @@ def loss_chart(train: Sequence[Sequence[float]], label: str) -> str:
         axes.set_yscale("log" if losses.min() > 0 and losses.max() > 8 * losses.min() else "linear")
         axes.margins(x=0.01)
 
-    return _themed(draw, "loss", label, 520, 300)
+    return themed(draw, "loss", label, 520, 300)
 
 
 def held_out_chart(curve: Sequence[Sequence[float | None]], label: str) -> str:
@@ -100,7 +100,7 @@ def held_out_chart(curve: Sequence[Sequence[float | None]], label: str) -> str:
         low, high = float(measured.min(initial=1.0)), float(measured.max(initial=1.0))
         axes.set_ylim(min(0.9, low) - 0.06, max(1.05, min(high, 1.6)) + 0.04)
 
-    return _themed(draw, "heldout", label, 520, 300)
+    return themed(draw, "heldout", label, 520, 300)
 
 
 def ratio_chart(forced: Sequence[float | None], rollout: Sequence[float | None], label: str) -> str:
@@ -119,7 +119,7 @@ def ratio_chart(forced: Sequence[float | None], rollout: Sequence[float | None],
         axes.set_xticks(places, [f"frame {place + 1}" for place in places])
         axes.set_ylim(0, top * 1.12)
 
-    return _themed(draw, "ratios", label, 520, 300)
+    return themed(draw, "ratios", label, 520, 300)
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
