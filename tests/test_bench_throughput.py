@@ -14,7 +14,8 @@ from framestream.tools import bench_throughput
 from framestream.tools.bench_baselines import SAMPLING, SNAPPED, Ours, WebDatasetDecord
 from framestream.tools.bench_throughput import AS_IT_IS, CONVERTED, EVERYTHING, NAMES, WANTED
 from framestream.tools.cli import main
-from framestream.tools.shard_run import ShardOptions, build_shards
+from framestream.tools.shard_options import ShardOptions
+from framestream.tools.shard_run import build_shards
 
 from synthetic import video_bytes
 

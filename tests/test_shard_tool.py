@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import signal
-import subprocess
 import sys
-import time
 from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -16,16 +12,19 @@ from typing import Any
 
 import pytest
 
-from framestream.pipeline.decode import open_decoder
 from framestream.pipeline.errors import ConfigError, SampleError
-from framestream.pipeline.shards import RawSample, ShardSet
+from framestream.pipeline.remote import Remote
+from framestream.tools.cli import main
 from framestream.tools.clips import Clip
 from framestream.tools.inputs import Source
-from framestream.tools.shard import Cutting, Encoding, ShardOptions, ShardReport, build_shards, shard
-from framestream.tools.transcode import ClipTask, make_clip, probe_source
+from framestream.tools.making import ClipTask, make_clip
+from framestream.tools.probing import ProbeTask, probe_source
+from framestream.tools.shard_options import Cutting, Encoding, Filters, ShardOptions
+from framestream.tools.shard_run import build_shards
 from framestream.tools.verify import verify_folder
 
-from synthetic import make_video, read_indices, vfr_ticks
+from shard_setup import adds_up, frames, make_folder, samples, write_jsonl
+from synthetic import make_video, vfr_ticks
 
 
 @pytest.fixture(autouse=True)
@@ -35,45 +34,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three good videos, one in a subfolder with a difficult name, a broken one, and other files."""
-    folder = tmp_path_factory.mktemp("videos")
-    (folder / "sub").mkdir()
-    make_video(folder / "a.mp4", num_frames=60, size=(96, 64))
-    make_video(folder / "b.c d.MOV", num_frames=40, size=(96, 64), audio=True)
-    make_video(folder / "sub" / "фильм №1.mkv", num_frames=30, size=(64, 96))
-    (folder / "a.txt").write_text("a caption\n")
-    (folder / "broken.mp4").write_bytes(b"no video at all" * 50)
-    (folder / "notes.md").write_text("notes")
-    return folder
-
-
-def samples(folder: Path) -> list[RawSample]:
-    shards = ShardSet.open(folder)
-    assert shards.problems == ()
-    return [shards.read(*shards.locate(i)) for i in range(shards.num_samples)]
-
-
-def frames(sample: RawSample) -> list[int]:
-    with open_decoder(sample.video, backend="pyav", info=sample.info) as decoder:
-        return read_indices(decoder.frames_at(range(decoder.num_frames)))
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """All files with their bytes, but for the lock."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-            and p.name != ".lock"}  # fmt: skip
-
-
-def adds_up(report: ShardReport) -> None:
-    inputs, clips = report.inputs, report.clips
-    assert inputs["found"] == inputs["used"] + inputs["rejected"] + sum(inputs["dropped"].values())
-    assert clips["planned"] == clips["written"] + clips["rejected"]
-    assert clips["written"] == sum(split["samples"] for split in report.splits.values())
-
-
-def write_jsonl(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
+    return make_folder(tmp_path_factory.mktemp("videos") / "in")
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------
@@ -82,7 +43,7 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
 def test_whole_files_are_copied_untouched(videos: Path, tmp_path: Path) -> None:
     report = build_shards([str(videos)], tmp_path / "out", workers=1)
     adds_up(report)
-    assert report.inputs == {"found": 4, "used": 3, "rejected": 1, "dropped": {}}
+    assert report.inputs == {"found": 4, "sampled": 3, "rejected": 1, "filtered": 0, "duplicate": 0}
     assert report.other_files == {".md": 1, ".txt": 1}
     got = samples(tmp_path / "out")
     assert [s.meta["source"] for s in got] == ["a.mp4", "b.c d.MOV", "sub/фильм №1.mkv"]
@@ -125,7 +86,7 @@ def test_a_short_rest_is_dropped_and_counted(videos: Path, tmp_path: Path) -> No
     assert report.clips["dropped"] == {"remainder shorter than half a clip": 1}
     report = build_shards([str(videos / "a.mp4")], tmp_path / "o2", ShardOptions(cutting=Cutting(9.0)), workers=1)
     adds_up(report)
-    assert report.inputs["dropped"] == {"shorter than half a clip": 1}
+    assert report.filtered == {"shorter than half a clip": 1}
 
 
 def test_overlapping_clips_resized_at_another_rate(videos: Path, tmp_path: Path) -> None:
@@ -195,7 +156,7 @@ def test_a_manifest_brings_text_keys_splits_and_parts(videos: Path, tmp_path: Pa
         manifest.unlink()
     adds_up(report)
     assert report.inputs["found"] == 12
-    assert report.inputs["used"] == 3
+    assert report.inputs["sampled"] == 3
     train, test = samples(tmp_path / "out" / "train"), samples(tmp_path / "out" / "test")
     assert train[0].text == "first part"
     assert train[0].meta["user"] == {"score": 3, "tags": ["x"]}
@@ -277,7 +238,7 @@ def test_rows_that_metadata_cannot_hold_cost_themselves_only(videos: Path, tmp_p
     finally:
         manifest.unlink()
     adds_up(report)
-    assert (report.inputs["used"], report.inputs["rejected"]) == (1, 10)
+    assert (report.inputs["sampled"], report.inputs["rejected"]) == (1, 10)
     reasons = " | ".join(reject["reason"] for reject in report.rejects)
     for words in ("no Unicode: '\\ud800'", "nested deeper", "not a number of seconds", "not JSON compliant"):
         assert words in reasons
@@ -287,9 +248,9 @@ def test_metadata_that_cannot_be_written_is_a_reject_of_its_clip(videos: Path) -
     """Inputs are checked when they are read; what still comes here must not end a run of a million others."""
     path = videos / "a.mp4"
     source = Source(str(path), "a.mp4", "a", user={"x": b"bytes"}, size=path.stat().st_size)
-    info = probe_source(source)
+    info = probe_source(ProbeTask(source, None, Remote())).info
     with pytest.raises(SampleError, match=r"a\.mp4: metadata cannot become JSON"):
-        make_clip(ClipTask(Clip(source, "a", 0.0, info.duration, None), info, None))
+        make_clip(ClipTask(Clip(source, "a", 0.0, info.duration, None), info, False, Encoding(), Remote()))
 
 
 def test_linked_folders_are_followed_once(videos: Path, tmp_path: Path) -> None:
@@ -310,7 +271,7 @@ def test_equal_names_get_different_keys(tmp_path: Path) -> None:
     inputs = [str(tmp_path / "x"), str(tmp_path / "y"), f"{tmp_path}/x/*.mp4"]
     report = build_shards(inputs, tmp_path / "out", workers=1)
     adds_up(report)
-    assert report.inputs["dropped"] == {"named twice": 2}
+    assert report.inputs["duplicate"] == 2
     keys = [s.key for s in samples(tmp_path / "out")]
     assert len(set(keys)) == len(keys) == 5
 
@@ -320,8 +281,7 @@ def test_equal_names_get_different_keys(tmp_path: Path) -> None:
     [
         (lambda d: [str(d)], "there is no video"),
         (lambda d: [str(d / "nothing")], "does not exist"),
-        (lambda d: [], "no input"),
-        (lambda d: ["s3://bucket/videos"], "URL"),
+        (lambda d: ["nothing://bucket/videos"], "cannot be opened by fsspec"),
     ],
 )
 def test_no_video_is_exit_code_2_and_one_sentence(
@@ -329,7 +289,7 @@ def test_no_video_is_exit_code_2_and_one_sentence(
 ) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "x.md").write_text("")
-    assert shard(make(tmp_path / "in"), str(tmp_path / "out")) == 2
+    assert main(["shard", *make(tmp_path / "in"), "--output", str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err
     assert words in err
     assert "Traceback" not in err
@@ -338,7 +298,8 @@ def test_no_video_is_exit_code_2_and_one_sentence(
 def test_all_rejected_is_still_accounted_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.mp4").write_bytes(b"")
     os.symlink(tmp_path / "nowhere.mp4", tmp_path / "y.mp4")
-    assert shard([str(tmp_path / "x.mp4"), str(tmp_path / "y.mp4"), __file__], str(tmp_path / "out"), workers=1) == 0
+    inputs = [str(tmp_path / "x.mp4"), str(tmp_path / "y.mp4"), __file__]
+    assert main(["shard", *inputs, "--output", str(tmp_path / "out"), "--workers", "1"]) == 0
     assert "3 rejected" in capsys.readouterr().out
     assert len((tmp_path / "out" / "rejects.jsonl").read_text().splitlines()) == 3
     assert not list((tmp_path / "out").glob("*.tar"))
@@ -362,194 +323,21 @@ def test_all_rejected_is_still_accounted_for(tmp_path: Path, capsys: pytest.Capt
         lambda: ShardOptions(samples_per_shard=0),
         lambda: ShardOptions(prefix="a/b"),
         lambda: ShardOptions(transcode="perhaps"),  # type: ignore[arg-type]
-        lambda: ShardOptions(transcode="never", cutting=Cutting(1.0)),
+        lambda: ShardOptions(transcode="never", cutting=Cutting(1.0, 0.5)),
+        lambda: ShardOptions(transcode="never", encoding=Encoding(fps=5.0)),
+        lambda: ShardOptions(bytes_per_shard=0),
+        lambda: ShardOptions(val_share=1.0),
+        lambda: ShardOptions(val_share=0.1, cutting=Cutting(1.0, val_tail=0.1)),
+        lambda: Cutting(scene_threshold=1.5),
+        lambda: Encoding(codec="mpeg2"),  # type: ignore[arg-type]
+        lambda: Encoding(audio="loud"),  # type: ignore[arg-type]
+        lambda: Filters(min_seconds=2.0, max_seconds=1.0),
+        lambda: Filters(min_side=0),
     ],
 )
 def test_impossible_options_are_refused(make: Any) -> None:
     with pytest.raises(ConfigError):
         make()
-
-
-# --- the same bytes, always -------------------------------------------------------------------------------------
-
-OPTIONS = ShardOptions(cutting=Cutting(clip_seconds=0.5), samples_per_shard=3)
-COPIES = ShardOptions(samples_per_shard=1)
-
-
-@pytest.fixture(scope="module")
-def reference(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What an undisturbed run with one worker writes."""
-    folder = tmp_path_factory.mktemp("reference") / "out"
-    build_shards([str(videos)], folder, OPTIONS, workers=1)
-    return tree(folder)
-
-
-def test_the_number_of_workers_does_not_show(videos: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
-    build_shards([str(videos)], tmp_path / "out", OPTIONS, workers=3)
-    assert tree(tmp_path / "out") == reference
-
-
-@pytest.fixture(scope="module")
-def copies(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The same of whole files: three shards of one sample."""
-    folder = tmp_path_factory.mktemp("copies") / "out"
-    build_shards([str(videos)], folder, COPIES, workers=1)
-    return tree(folder)
-
-
-def test_a_second_run_does_no_work(videos: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
-    (tmp_path / "out").mkdir()
-    for path, data in reference.items():
-        (tmp_path / "out" / path).write_bytes(data)
-    steps: list[tuple[str, int, int, int]] = []
-    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.tar")}
-    build_shards([str(videos)], tmp_path / "out", OPTIONS, workers=1, progress=lambda *step: steps.append(step))
-    assert tree(tmp_path / "out") == reference
-    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.tar")} == before
-    assert [step[0] for step in steps] == ["writing"]
-
-
-@pytest.mark.parametrize("loss", ["tar", "index", "cut", "both", "leftovers", "folder index"])
-def test_whatever_is_lost_is_made_again(videos: Path, tmp_path: Path, copies: dict[str, bytes], loss: str) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    for path, data in copies.items():
-        (out / path).write_bytes(data)
-    second, index = out / "clips-000001.tar", out / "clips-000001.idx.json"
-    if loss in ("tar", "both"):
-        second.unlink()
-    if loss in ("index", "both"):
-        index.unlink()
-    if loss == "cut":
-        os.truncate(second, 1000)
-    if loss == "leftovers":
-        (out / ".clips-000003.tar.123.tmp").write_bytes(b"half")
-        (out / "clips-000099.tar").write_bytes(b"what")
-    if loss == "folder index":
-        (out / "index.json").unlink()
-        (out / "report.json").unlink()
-    build_shards([str(videos)], out, COPIES, workers=1)
-    assert tree(out) == copies
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda note: note.pop("clips"),
-        lambda note: note.pop("rejects"),
-        lambda note: note.pop("seconds"),
-        lambda note: note.update(clips=3),
-        lambda note: note.update(clips=[0.0, 1.0]),
-        lambda note: note.update(clips=[0, 2]),
-        lambda note: note.update(rejects=["a"]),
-        lambda note: note.update(seconds="long"),
-    ],
-)
-def test_a_shard_with_a_damaged_note_is_made_again(
-    videos: Path, tmp_path: Path, copies: dict[str, bytes], change: Any
-) -> None:
-    for path, data in copies.items():
-        (tmp_path / path).write_bytes(data)
-    index = tmp_path / "clips-000000.idx.json"
-    content = json.loads(index.read_text())
-    change(content["note"])
-    index.write_text(json.dumps(content))
-    build_shards([str(videos)], tmp_path, COPIES, workers=1)
-    assert tree(tmp_path) == copies
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_the_users_files_in_the_output_stay(
-    videos: Path, tmp_path: Path, copies: dict[str, bytes], overwrite: bool
-) -> None:
-    for path, data in copies.items():
-        (tmp_path / path).write_bytes(data)
-    own = {"clips-001.mov": b"1", "clips-2023.tar": b"2", "clips-000000.tar.bak": b"3", "clips-1/x.txt": b"4",
-           "clips-000000-notes.idx.json": b"5", "my-clips-000000.tar": b"6"}  # fmt: skip
-    (tmp_path / "clips-1").mkdir()
-    for path, data in own.items():
-        (tmp_path / path).write_bytes(data)
-    for path in tmp_path.glob("clips-00000[12].tar"):
-        path.unlink()
-    if overwrite:  # removes what is ours, and does not begin anew beside the tar that is not
-        with pytest.raises(ConfigError, match=r"clips-2023\.tar from elsewhere"):
-            build_shards([str(videos)], tmp_path, COPIES, workers=1, overwrite=True)
-        assert tree(tmp_path) == own
-    else:
-        build_shards([str(videos)], tmp_path, COPIES, workers=1)
-        assert tree(tmp_path) == {**copies, **own}
-
-
-def run_tool(videos: Path, out: Path) -> subprocess.Popen[bytes]:
-    code = (
-        "import sys; from framestream.tools.shard import shard; "
-        "sys.exit(shard([sys.argv[1]], sys.argv[2], workers=2, clip_seconds=0.5, samples_per_shard=3))"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(videos), str(out)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-
-
-def test_killed_and_run_again_it_ends_the_same(videos: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
-    out = tmp_path / "out"
-    process = run_tool(videos, out)
-    while process.poll() is None and not (out / "clips-000000.tar").exists():
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (out / "report.json").exists()
-    assert run_tool(videos, out).wait() == 0
-    assert tree(out) == reference
-
-
-@pytest.mark.slow
-def test_killed_many_times_it_ends_the_same(videos: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
-    out = tmp_path / "out"
-    kills = 0
-    for attempt in range(40):
-        before = {p.name for p in out.glob("*")}
-        sign = (".tmp", ".tar", ".idx.json")[attempt % 3]  # killed as soon as a new file of this kind is seen
-        process = run_tool(videos, out)
-        while process.poll() is None:
-            if any(p.name.endswith(sign) and p.name not in before for p in out.glob("*")):
-                (os.killpg if attempt % 2 else os.kill)(process.pid, signal.SIGKILL)
-                break
-        if process.wait() == 0:
-            break
-        kills += 1
-    assert kills > 3
-    assert tree(out) == reference
-
-
-def test_a_changed_option_or_input_is_explained(videos: Path, tmp_path: Path) -> None:
-    mine, out = tmp_path / "videos", tmp_path / "out"
-    shutil.copytree(videos, mine)
-    build_shards([str(mine)], out, COPIES, workers=1)
-    other = ShardOptions(samples_per_shard=2)
-    with pytest.raises(ConfigError, match="samples_per_shard was 1, now it is 2"):
-        build_shards([str(mine)], out, other, workers=1)
-    (mine / "a.txt").write_text("another caption")
-    with pytest.raises(ConfigError, match=r"the text of input a\.mp4 has changed"):
-        build_shards([str(mine)], out, COPIES, workers=1)
-    (mine / "broken.mp4").unlink()
-    (mine / "a.txt").write_text("a caption\n")
-    with pytest.raises(ConfigError, match=r"input broken\.mp4 is gone"):
-        build_shards([str(mine)], out, COPIES, workers=1)
-    (out / "mine.txt").write_text("keep")
-    build_shards([str(mine)], out, other, workers=1, overwrite=True)
-    assert (out / "mine.txt").exists()
-    assert verify_folder(out, workers=1).problems == []
-
-
-def test_foreign_tars_in_the_output_are_left_alone(videos: Path, tmp_path: Path) -> None:
-    (tmp_path / "clips-000000.tar").write_bytes(b"precious")
-    for overwrite in (False, True):
-        with pytest.raises(ConfigError, match="from elsewhere"):
-            build_shards([str(videos)], tmp_path, workers=1, overwrite=overwrite)
-    assert (tmp_path / "clips-000000.tar").read_bytes() == b"precious"
 
 
 def test_an_encode_that_takes_too_long_costs_its_clip(tmp_path: Path) -> None:

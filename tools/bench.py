@@ -25,7 +25,7 @@ from .bench_table import print_rows
 
 
 def bench(
-    name: Literal["decode", "loader", "masks", "attention", "order", "workers", "resume"],
+    name: Literal["decode", "loader", "shard", "assign", "masks", "attention", "order", "workers", "resume"],
     *,
     output: str = "runs/bench",
     repeats: int | None = None,
@@ -38,6 +38,7 @@ def bench(
     threads: int = 1,
     device: str = "cpu",
     tokens: list[int] = [4096, 8192],  # noqa: B006
+    rows: int = 1_000_000,
 ) -> int:
     """Measure this machine: medians over repeats, candidates side by side in one process.
 
@@ -47,6 +48,9 @@ def bench(
     loader      whole loaders, clips per second: framestream on converted shards (short side 256, a key frame every
                 16 frames) and on the files as they are, and WebDataset with Decord decoding everything, or only the
                 wanted frames.
+    shard       `framestream shard` encoding, copying whole files and cutting at key frames, against the ffmpeg command
+                line on the same work and Python's tarfile.
+    assign      planning a million probed inputs: time and peak memory, in a process of its own.
     masks       FrameMask.block_mask against torch's create_block_mask, for an equal result.
     attention   forward and backward under a frame mask by key ranges, against a dense boolean mask and unmasked
                 attention; `ideal` is unmasked time multiplied by the share of token pairs that may attend.
@@ -79,8 +83,11 @@ def bench(
         threads: threads of PyTorch in this process.
         device: cpu or cuda, for masks and attention.
         tokens: sequence lengths for masks; attention takes 16 frames of tokens/16 patches.
+        rows: inputs of the plan for assign.
     """
     folder = _checked(output, repeats, threads, device, tokens)
+    if rows < 1:
+        raise ConfigError(f"rows is {rows}, it has to be at least 1.")
     _check_clips(name, videos, seconds, gops, heights, short_side, workers)
     torch.set_num_threads(threads)
     if name == "decode":
@@ -93,6 +100,16 @@ def bench(
 
         repeats = repeats or 5
         facts = bench_throughput(folder, repeats, videos, seconds, gops, heights, short_side, workers)
+    elif name == "shard":
+        from .bench_shard import bench_shard
+
+        repeats = repeats or 5
+        facts = bench_shard(folder, repeats, workers=max(workers))
+    elif name == "assign":
+        from .bench_assign import bench_assign
+
+        repeats = 1
+        facts = bench_assign(rows)
     else:
         repeats = repeats or 7
         facts = _small(name, folder, repeats, device, tokens)
@@ -107,7 +124,8 @@ def bench(
         **facts,
     }
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{folder / name}.json, {folder / name}.png")
+    pictures = [path for path in (folder / f"{name}.png",) if path.exists()]
+    print(*(folder / f"{name}.json", *pictures), sep=", ")
     return 0
 
 

@@ -26,8 +26,9 @@ from .bench_picture import draw_rates
 from .bench_rows import Row, ratio, rounds
 from .bench_table import print_ratios, print_table, reasons
 from .console import Advance, progress_bar
-from .shard_run import PLAN_VERSION, ShardOptions, build_shards
-from .transcode import Encoding
+from .shard_job import PLAN_VERSION
+from .shard_options import Encoding, ShardOptions
+from .shard_run import build_shards
 
 CONVERTED, CONVERTED_SNAP = "framestream, converted", "framestream, converted, slow_snap"
 AS_IT_IS, AS_IT_IS_SNAP = "framestream, as it is", "framestream, as it is, slow_snap"
@@ -139,8 +140,8 @@ def _shards(folder: Path, files: Sequence[Path | Scene], watch: _Watch, skipped:
     }.items():
         target = folder / f"shards-{name}" / kind
 
-        def progress(step: str, done: int, total: int, rejects: int, kind: str = kind) -> None:
-            watch.say(f"shards {kind}, {step} {done} of {total}")
+        def progress(step: str, done: int, total: int | None, rejects: int, kind: str = kind) -> None:
+            watch.say(f"shards {kind}, {step} {done}" + (f" of {total}" if total else ""))
 
         try:
             report = build_shards(inputs, target, options, progress=progress)

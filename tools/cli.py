@@ -37,6 +37,7 @@ class Command:
 COMMANDS = {
     "shard": Command("shard", "shard", "turn videos into shards", ("inputs", "+")),
     "verify": Command("verify", "verify", "read a shard set back and check everything", ("folder", "")),
+    "inspect": Command("inspect_command", "inspect", "look at shards: all of them, or one sample", ("target", "+")),
     "train": Command("train", "main", "train a model from a config", parses_itself=True),
     "demo": Command("demo", "demo", "videos to a trained model and a report, in one go"),
     "bench": Command("bench", "bench", "measure this machine, ours and others side by side", ("name", "")),
@@ -95,6 +96,7 @@ def build_parser(name: str, function: Callable[..., int], positional: tuple[str,
     parser = ArgumentParser(
         prog=f"framestream {name}",
         description=page.description or "",
+        epilog=page.returns.description if page.returns else None,
         formatter_class=type("HelpFormatter", (DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter), {}),
     )
     described = {p.arg_name: p.description or "" for p in page.params}

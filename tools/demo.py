@@ -156,8 +156,9 @@ def _find(stages: Stages, videos: str | None, clip_seconds: float, sampling: Sam
 def _shard(stages: Stages, selection: Selection, folder: Path, workers: int) -> tuple[list[Source], int]:
     from framestream.pipeline.shards import ShardSet
 
-    from .shard import Cutting, Encoding, ShardOptions, build_shards
-    from .shard import progress_bar as shard_bar
+    from .progress import reporting
+    from .shard_options import Cutting, Encoding, ShardOptions
+    from .shard_run import build_shards
 
     with stages("Shard") as stage:
         manifest = selection.write_manifest(folder / "videos.jsonl")
@@ -166,8 +167,8 @@ def _shard(stages: Stages, selection: Selection, folder: Path, workers: int) -> 
             cutting=Cutting(selection.clip_seconds, selection.stride_seconds),
             encoding=Encoding(short_side=SHORT_SIDE, gop=GOP),
         )
-        with shard_bar(console) as progress:
-            report = build_shards([str(manifest)], folder / "shards", options, workers=workers, progress=progress)
+        with reporting("demo") as reporter:
+            report = build_shards([str(manifest)], folder / "shards", options, workers=workers, progress=reporter.step)
         counts = {split: facts["samples"] for split, facts in report.splits.items()}
         if not counts.get("train") or not counts.get("val"):
             reason = report.rejects[0]["reason"] if report.rejects else "the videos are too short"
@@ -200,13 +201,15 @@ def _shard(stages: Stages, selection: Selection, folder: Path, workers: int) -> 
 
 
 def _verify(stages: Stages, folder: Path, workers: int) -> None:
-    from .shard import progress_bar as shard_bar
+    from .progress import reporting
     from .verify import verify_folder
 
     with stages("Verify") as stage:
-        with shard_bar(console, "problems") as progress:
+        with reporting("demo", counted="problems") as reporter:
             report = verify_folder(
-                folder / "shards", workers=workers, progress=lambda done, of, bad: progress("checking", done, of, bad)
+                folder / "shards",
+                workers=workers,
+                progress=lambda done, of, bad: reporter.step("checking", done, of, bad),
             )
         if report.problems:
             raise FramestreamError(f"The shards are not what was written: {report.problems[0]}")

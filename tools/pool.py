@@ -35,7 +35,13 @@ class _Worker:
     def __init__(self) -> None:
         self.connection, theirs = Pipe()
         command, environment = fresh_python(f"from framestream.tools.pool import serve; serve({theirs.fileno()})")
-        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C while it starts is not for it
+        try:
+            self.process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self.allowance = START_ALLOWANCE_S
         self.number = -1  # of the task it is at

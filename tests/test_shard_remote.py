@@ -1,0 +1,148 @@
+"""`framestream shard` from object storage to object storage, with requests that fail in between."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from framestream.pipeline.errors import ShardError
+from framestream.pipeline.shards import ShardSet
+from framestream.tools.cli import main
+from framestream.tools.shard_job import Part, Unfinished
+from framestream.tools.shard_options import Cutting, Encoding, ShardOptions
+from framestream.tools.shard_run import build_shards, run, shard_job
+
+from remote_storage import Storage, s3_server, s3_storage
+from shard_setup import make_folder, tree
+
+OPTIONS = ShardOptions(
+    samples_per_shard=3, cutting=Cutting(clip_seconds=0.5), encoding=Encoding(short_side=48), val_share=0.5
+)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("videos") / "in")
+
+
+@pytest.fixture(scope="module")
+def reference(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What is made of the same videos in a local folder."""
+    folder = tmp_path_factory.mktemp("reference") / "out"
+    build_shards([str(videos)], folder, OPTIONS, workers=1)
+    return tree(folder)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    pytest.importorskip("moto.server", reason="needs moto[server]")
+    pytest.importorskip("s3fs", reason="needs s3fs")
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture
+def storage(
+    server: str, videos: Path, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Storage]:
+    monkeypatch.setenv("FRAMESTREAM_CACHE", str(tmp_path / "cache"))
+    with s3_storage(videos, server, f"{request.node.name}/videos") as storage:
+        yield storage
+
+
+def out_of(storage: Storage) -> str:
+    return storage.url.rpartition("/")[0] + "/out"
+
+
+def stored(storage: Storage) -> dict[str, bytes]:
+    """All objects of the output, but for the plan."""
+    import s3fs
+
+    fs = s3fs.S3FileSystem(**storage.options)
+    fs.invalidate_cache()
+    root = out_of(storage).removeprefix("s3://")
+    names = {name.removeprefix(root + "/"): name for name in fs.find(root)}
+    return {short: fs.cat_file(name) for short, name in names.items() if short != ".plan.sqlite"}
+
+
+def same_samples(objects: dict[str, bytes], reference: dict[str, bytes]) -> None:
+    assert objects.keys() == reference.keys()
+    for name, data in objects.items():
+        assert data == reference[name], name
+
+
+def test_a_bucket_becomes_the_shards_that_a_folder_becomes(
+    storage: Storage, reference: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["shard", storage.url, "--output", out_of(storage), "--storage-options", json.dumps(storage.options)]
+    argv += [
+        "--clip-seconds",
+        "0.5",
+        "--short-side",
+        "48",
+        "--samples-per-shard",
+        "3",
+        "--val-share",
+        "0.5",
+        "--workers",
+        "1",
+        "--log",
+        "json",
+    ]
+    assert main(argv) == 0
+    end = json.loads(capsys.readouterr().out)
+    assert end["inputs"]["found"] == 4
+    same_samples(stored(storage), reference)
+    shards = ShardSet.open(f"{out_of(storage)}/train", storage_options=storage.options)
+    assert len(shards) == end["splits"]["train"]["samples"]
+
+
+def test_requests_that_fail_are_tried_again(storage: Storage, reference: dict[str, bytes]) -> None:
+    storage.proxy.inject("a.mp4", "503", 2)
+    storage.proxy.inject("b.c%20d.MOV", "cut", 1)
+    for name in ("clips-000000.tar", "clips-000000.idx.json", "index.json", ".plan.sqlite"):
+        storage.proxy.inject(name, "503", 1, method="PUT")
+    build_shards([storage.url], out_of(storage), OPTIONS, workers=1, storage_options=storage.options)
+    same_samples(stored(storage), reference)
+
+
+def test_what_is_stored_is_kept_and_the_rest_made(storage: Storage, reference: dict[str, bytes]) -> None:
+    settings: dict[str, Any] = {"workers": 1, "storage_options": storage.options}
+    job = shard_job(out_of(storage), OPTIONS, **settings)
+    with job.alone():
+        planned = run(job, [storage.url], plan_only=True)
+    assert isinstance(planned, Unfinished)
+    elsewhere = shard_job(out_of(storage), OPTIONS, work=storage.folder.parent / "another-machine", **settings)
+    with elsewhere.alone(Part(1, 2)):
+        half = run(elsewhere, [], part=Part(1, 2))
+    assert half == Unfinished((planned.num_shards + 1) // 2, planned.num_shards)
+    written: list[str] = []
+    job.progress = lambda step, done, total, rejects: written.append(f"{step} {done}/{total}")
+    with job.alone():
+        run(job, [storage.url])
+    assert not any(line.startswith(("listing", "probing", "writing 0/")) for line in written)
+    same_samples(stored(storage), reference)
+
+
+def test_storage_that_stays_away_is_a_sentence(storage: Storage) -> None:
+    storage.proxy.inject("clips-000000.tar", "503", 1000, method="PUT")
+    with pytest.raises(ShardError, match=r"clips-000000\.tar could not be written in 4 attempts"):
+        build_shards([storage.url], out_of(storage), OPTIONS, workers=1, storage_options=storage.options)
+    assert "report.json" not in stored(storage)
+
+
+def test_where_objects_are_not_whole_files_are_moved_into_place(
+    videos: Path, tmp_path: Path, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    monkeypatch.setenv("FRAMESTREAM_CACHE", str(tmp_path / "cache"))
+    fs = fsspec.filesystem("memory")
+    build_shards([str(videos)], "memory://moved/out", OPTIONS, workers=1)
+    names = {name.removeprefix("/moved/out/"): name for name in fs.find("/moved/out")}
+    assert names.pop(".plan.sqlite")
+    same_samples({short: fs.cat_file(name) for short, name in names.items()}, reference)

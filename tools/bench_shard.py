@@ -1,0 +1,187 @@
+"""What `framestream bench shard` measures: making shards, against the plain tools that do the bare work.
+
+Each is timed from its start to its last byte on the disk, our processes' start, the look through every file and the
+index included; the plain tools know nothing of what they write.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import tarfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from framestream.pipeline.errors import ConfigError
+
+from .bench_clips import FPS, Scene, make_scene
+from .bench_picture import draw_bars
+from .bench_rows import Row, ratio, rounds
+from .bench_table import print_milliseconds, print_ratios, reasons
+from .console import progress_bar
+from .encoders import ENCODERS, options_of
+from .shard_options import Cutting, Encoding, ShardOptions
+from .shard_run import build_shards
+
+OURS, PLAIN = "framestream", "the plain tool"
+FFMPEG, TAR = "ffmpeg", "Python's tarfile"  # which are the plain tools
+NUM_CLIPS, SECONDS, HEIGHT, GOP = 8, 20, 720, 60
+ENCODING = Encoding(short_side=256, gop=16)
+_PART_S = 4  # a multiple of the groups of pictures
+_TIMES = 10  # what is only copied is given so often, under other names
+
+
+def bench_shard(
+    folder: Path,
+    repeats: int,
+    *,
+    num_clips: int = NUM_CLIPS,
+    seconds: int = SECONDS,
+    height: int = HEIGHT,
+    workers: int = 2,
+) -> dict[str, Any]:
+    """Measure, print, draw; what goes into the JSON.
+
+    Args:
+        folder: for results; the clips are made in `clips` inside it, once, and kept.
+        repeats: rounds; each candidate runs once per round.
+        num_clips, seconds, height: of the videos that become shards.
+        workers: processes of ours, and ffmpeg's at a time; plain copying is one process on either side.
+    Raises:
+        ConfigError: one of the clips could not become a shard.
+    """
+    scenes = [Scene(seconds, GOP, height, seed) for seed in range(num_clips)]
+    with progress_bar("shard", num_clips + 3 * 2 * repeats) as advance:
+        clips = []
+        for number, scene in enumerate(scenes):
+            advance(number, "making the clips")
+            clips.append(make_scene(scene, folder / "clips"))
+        bench = _Bench(clips, folder, seconds, workers)
+        rows = []
+        done = num_clips
+        for case, candidates in bench.cases().items():
+            note = {}
+            if FFMPEG in case and not shutil.which("ffmpeg"):
+                note[PLAIN] = "there is no ffmpeg on the PATH"
+                del candidates[PLAIN]
+
+            def watch(name: str, number: int, case: str = case) -> None:
+                nonlocal done
+                advance(done, f"{case}: {name}, {number} of {repeats}")
+                done += 1
+
+            times = rounds(candidates, repeats, seconds=dict.fromkeys(candidates, 1.0), budget_s=1.0, watch=watch)
+            row = Row(case, {k: statistics.median(v) for k, v in times.items()}, notes=note, times=times)
+            if (speed := ratio(times, PLAIN, OURS)) is not None:
+                row.facts["speed"] = speed
+            rows.append(row)
+        advance(num_clips + 3 * 2 * repeats, "")
+    megabytes = sum(clip.stat().st_size for clip in clips) / 1e6
+    print(f"{num_clips} videos of {seconds} s and {height} lines, {megabytes:.1f} MB; {workers} processes")
+    print_milliseconds("shard: median milliseconds", rows, (OURS, PLAIN))
+    print_ratios("how fast framestream is: time of the plain tool over its own, median over rounds", rows)
+    for line in reasons(rows):
+        print(line)
+    if compared := [row for row in rows if PLAIN in row.ms]:
+        draw_bars(compared, folder / "shard.png", log=True)
+    settings = {"num_clips": num_clips, "seconds": seconds, "height": height, "workers": workers}
+    return {**settings, "megabytes": megabytes, "rows": [vars(row) for row in rows]}
+
+
+class _Bench:
+    """The candidates; each gives the milliseconds that it took."""
+
+    def __init__(self, clips: Sequence[Path], folder: Path, seconds: int, workers: int) -> None:
+        self.clips, self.target, self.seconds, self.workers = clips, folder / "shards", seconds, workers
+        self.many = _linked(clips, folder / "clips" / "many")
+
+    def cases(self) -> dict[str, dict[str, Callable[[], float]]]:
+        cut = Cutting(clip_seconds=float(_PART_S))
+        return {
+            f"encoding, {self.workers} at a time, {FFMPEG}": {
+                OURS: lambda: self._ours(self.clips, ShardOptions(transcode="always", encoding=ENCODING), self.workers),
+                PLAIN: lambda: self._ffmpeg(self.clips, self._encode),
+            },
+            f"whole files, 1 at a time, {TAR}": {
+                OURS: lambda: self._ours(self.many, ShardOptions(transcode="never"), 1),
+                PLAIN: self._tar,
+            },
+            f"parts of {_PART_S} s, {self.workers} at a time, {FFMPEG}": {
+                OURS: lambda: self._ours(self.many, ShardOptions(transcode="never", cutting=cut), self.workers),
+                PLAIN: lambda: self._ffmpeg(self.many, self._cut),
+            },
+        }
+
+    def _timed(self, work: Callable[[], None]) -> float:
+        """From an empty folder on; making it empty is not timed."""
+        shutil.rmtree(self.target, ignore_errors=True)
+        self.target.mkdir(parents=True)
+        start = time.perf_counter()
+        work()
+        return (time.perf_counter() - start) * 1e3
+
+    def _ours(self, clips: Sequence[Path], options: ShardOptions, workers: int) -> float:
+        def work() -> None:
+            report = build_shards([str(clip) for clip in clips], self.target, options, workers=workers)
+            parts = self.seconds // _PART_S if options.cutting.clip_seconds else 1
+            if report.clips["written"] != parts * len(clips):
+                raise ConfigError(f"Not every clip became a sample: {report.rejects or report.clips}.")
+
+        return self._timed(work)
+
+    def _tar(self) -> float:
+        def work() -> None:
+            with open(self.target / "plain.tar", "wb") as file:
+                with tarfile.open(fileobj=file, mode="w") as tar:
+                    for clip in self.many:
+                        tar.add(clip, clip.name)
+                file.flush()
+                os.fsync(file.fileno())
+
+        return self._timed(work)
+
+    def _ffmpeg(self, clips: Sequence[Path], command: Callable[[Path], list[str]]) -> float:
+        def one(clip: Path) -> None:
+            subprocess.run(["ffmpeg", "-nostdin", "-v", "error", "-y", *command(clip)], check=True)
+
+        def work() -> None:
+            with ThreadPoolExecutor(self.workers) as pool:
+                list(pool.map(one, clips))
+
+        return self._timed(work)
+
+    def _encode(self, clip: Path) -> list[str]:
+        options = [part for k, v in options_of(ENCODING).items() for part in (f"-{k}", v)]
+        return [
+            *("-threads", "1", "-filter_threads", "1", "-i", str(clip), "-an"),
+            *("-vf", f"scale=-2:{ENCODING.short_side}", "-pix_fmt", "yuv420p"),
+            *("-c:v", ENCODERS[ENCODING.codec].name, "-threads", "1", *options, str(self.target / clip.name)),
+        ]
+
+    def _cut(self, clip: Path) -> list[str]:
+        times = ",".join(str(second) for second in range(_PART_S, self.seconds, _PART_S))
+        return [
+            *("-i", str(clip), "-an", "-c", "copy", "-f", "segment", "-reset_timestamps", "1"),
+            *("-segment_times", times, str(self.target / f"{clip.stem}-%d.mp4")),
+        ]
+
+
+def _linked(clips: Sequence[Path], folder: Path) -> list[Path]:
+    """Every clip several times, under different names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    links = []
+    for clip in clips:
+        for number in range(_TIMES):
+            link = folder / f"{clip.stem}-copy{number}{clip.suffix}"
+            if not link.exists():
+                os.link(clip, link)
+            links.append(link)
+    return links
+
+
+assert _PART_S * FPS % GOP == 0  # parts begin at key frames

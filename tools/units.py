@@ -1,0 +1,214 @@
+"""One shard is one unit of work: its clips out of the plan, made and written without regard to any other shard.
+
+What has become of a unit stands in the note of the shard's index file, so a unit is finished when that is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from framestream.pipeline.errors import SampleError, ShardError
+from framestream.pipeline.remote import Remote
+from framestream.pipeline.shard_index import ShardIndex
+from framestream.pipeline.shard_writer import TarShard
+
+from .making import ClipTask, MadeClip, make_clip
+from .output import Output
+from .plan_store import PlannedShard, PlanStore
+from .pool import Failure, WorkerPool
+from .shard_options import ShardOptions
+from .source_file import opened
+
+NOTE_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A shard to be made. `name` is that of its files in the output, without extension: `train/clips-000000`."""
+
+    name: str
+    digest: str
+    tasks: tuple[ClipTask, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What has become of a unit: a shard, or nothing where every clip of it was lost.
+
+    Attributes:
+        name: of the unit.
+        samples, num_bytes, sha256: of the shard; sha256 is "" where there is none.
+        seconds: of video in it.
+        lost: key and reason of each clip that could not be made.
+    """
+
+    name: str
+    samples: int
+    num_bytes: int
+    sha256: str
+    seconds: float
+    lost: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """So many clips of units are done, `lost` of them could not be made; `outcome` where a unit is finished."""
+
+    clips: int = 0
+    lost: int = 0
+    outcome: Outcome | None = None
+
+
+def unit_name(options: ShardOptions, shard: PlannedShard) -> str:
+    name = f"{options.prefix}-{shard.number:06d}"
+    return f"{shard.split}/{name}" if shard.split else name
+
+
+def units_of(plan: PlanStore, shards: Iterable[PlannedShard], options: ShardOptions, remote: Remote) -> Iterator[Unit]:
+    """The units of these shards, one at a time."""
+    for shard in shards:
+        tasks = (
+            ClipTask(clip, info, options.encodes(clip.frames is not None), options.encoding, remote)
+            for clip, info in plan.clips_of(shard.split, shard.number)
+        )
+        yield Unit(unit_name(options, shard), shard.digest, tuple(tasks))
+
+
+def write_units(units: Iterable[Unit], output: Output, *, workers: int, timeout_s: float) -> Iterator[Step]:
+    """Make units with `workers` processes, clips of several at a time, and write their shards one after the other.
+
+    A clip whose decoder crashes or hangs is lost, and nothing else is.
+    """
+    begun: deque[Unit] = deque()
+
+    def tasks() -> Iterator[ClipTask]:
+        for unit in units:
+            begun.append(unit)
+            yield from unit.tasks
+
+    with (
+        tempfile.TemporaryDirectory(prefix="framestream-") as scratch,
+        WorkerPool(make_clip, workers=workers, timeout_s=timeout_s) as pool,
+    ):
+        results = pool.map(tasks())
+        for task, result in results:
+            unit = begun.popleft()
+            with _writing(unit, output, Path(scratch)) as writer:
+                yield Step(1, writer.take(task, result))
+                for _ in unit.tasks[1:]:
+                    yield Step(1, writer.take(*next(results)))
+                outcome = writer.close()
+            yield Step(outcome=outcome)
+
+
+@dataclass
+class _Writer:
+    unit: Unit
+    output: Output
+    scratch: Path
+    tar: TarShard | None = None
+    seconds: float = 0.0
+    lost: list[tuple[str, str]] = field(default_factory=list)
+
+    def take(self, task: ClipTask, result: MadeClip | Failure) -> int:
+        """Keep one clip; return 1 where it is lost."""
+        if isinstance(result, Failure):
+            self.lost.append((task.clip.key, result.reason))
+            return 1
+        members: dict[str, bytes | memoryview] = dict(result.members)
+        try:
+            if result.whole is not None:
+                ext, source = result.whole
+                with opened(source, task.remote) as file:
+                    members[ext] = file.data
+        except SampleError as err:
+            self.lost.append((task.clip.key, str(err)))
+            return 1
+        if self.tar is None:
+            self.tar = self.output.tar(f"{self.unit.name}.tar", self.scratch)
+        self.tar.add(task.clip.key, members)
+        self.seconds += result.seconds
+        return 0
+
+    def close(self) -> Outcome:
+        lost = tuple(self.lost)
+        note = {
+            "version": NOTE_VERSION,
+            "digest": self.unit.digest,
+            "seconds": round(self.seconds, 3),
+            "lost": [list(each) for each in lost],
+        }
+        if self.tar is None:  # an empty tar would only be in the readers' way
+            self.output.write(_lost_file(self.unit.name), json.dumps(note, ensure_ascii=False).encode() + b"\n")
+            return Outcome(self.unit.name, 0, 0, "", 0.0, lost)
+        tar, self.tar = self.tar, None
+        index = self.output.publish(tar, f"{self.unit.name}.tar", note)
+        return _outcome(self.unit.name, index)
+
+
+@contextmanager
+def _writing(unit: Unit, output: Output, scratch: Path) -> Iterator[_Writer]:
+    writer = _Writer(unit, output, scratch)
+    try:
+        yield writer
+    finally:
+        if writer.tar is not None:
+            writer.tar.discard()
+
+
+def files_of(name: str) -> tuple[str, str, str]:
+    """Names of a unit's tar, of its index file, and of what stands for them where every clip was lost."""
+    return f"{name}.tar", f"{name}.idx.json", _lost_file(name)
+
+
+def _lost_file(name: str) -> str:
+    return os.path.join(os.path.dirname(name), f".{os.path.basename(name)}.lost.json")
+
+
+def our_files(names: Iterable[str], prefix: str) -> list[str]:
+    """Those file names that units of this prefix have; all others in the output are somebody's own."""
+    unit = rf"{re.escape(prefix)}-[0-9]{{6,}}"
+    ours = re.compile(rf"{unit}\.(tar|idx\.json)|\.{unit}\.lost\.json")
+    return [name for name in names if ours.fullmatch(name)]
+
+
+def finished(shard: PlannedShard, name: str, tar_bytes: int | None, index: bytes | None) -> Outcome | None:
+    """What became of a unit, out of its index file (or, with `tar_bytes` None, of the file that stands for it).
+
+    None where it is not finished: a file is missing, damaged, cut, or of another plan.
+    """
+    if index is None:
+        return None
+    try:
+        if tar_bytes is None:
+            note = json.loads(index)
+            outcome = Outcome(name, 0, 0, "", 0.0, _lost(note))
+        else:
+            parsed = ShardIndex.from_bytes(index, name)
+            if parsed.num_bytes != tar_bytes or parsed.problems:
+                return None
+            note, outcome = parsed.note, _outcome(name, parsed)
+        whole = note["digest"] == shard.digest and note["version"] == NOTE_VERSION
+    except (ShardError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return outcome if whole and outcome.samples + len(outcome.lost) == shard.num_clips else None
+
+
+def _outcome(name: str, index: ShardIndex) -> Outcome:
+    seconds = float(index.note["seconds"])
+    if not 0.0 <= seconds < float("inf"):
+        raise ValueError(f"{name} has {seconds} s")
+    return Outcome(name, len(index.samples), index.num_bytes, index.sha256 or "", seconds, _lost(index.note))
+
+
+def _lost(note: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    return tuple((str(key), str(reason)) for key, reason in note["lost"])
