@@ -54,7 +54,7 @@ def test_unreadable_files_among_good_ones(framestream, tmp_path):
     code, said = framestream("shard", "in", "--output", "out")
     assert code == 0, said
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert (report["inputs"]["found"], report["inputs"]["used"], report["inputs"]["rejected"]) == (4, 1, 3)
+    assert (report["inputs"]["found"], report["inputs"]["sampled"], report["inputs"]["rejected"]) == (4, 1, 3)
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert sorted(reject["source"].rsplit("/")[-1] for reject in rejects) == ["cut.mp4", "empty.mp4", "text.mp4"]
     assert all(len(reject["reason"]) > 20 for reject in rejects)
