@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 
 from framestream.pipeline.errors import ConfigError, LeakError
-from framestream.pipeline.layout import FrameLayout, next_frame_targets
+from framestream.pipeline.layout import next_frame_targets
 from framestream.pipeline.masks import FrameMask, leaking_targets
 from framestream.pipeline.sampling import FAST, SLOW, DenseSampling, FastSlowSampling, Sampling
 
 from .attention import AttentionPlan
-from .clips import PreparedClips, unique_frames
+from .clips import PreparedClips, layouts_of, unique_frames
 from .geometry import Grid, squarest_grid
 from .mask_choice import choose_mask
 from .pooling import Pool
@@ -126,10 +126,12 @@ class AutoregressiveReconstruction(nn.Module):
         Args:
             batch: `video_frames [B, F, 3, H, W]` (uint8, scaled to 0..1, or float as the tower wants it);
                 `frame_index`, `frame_time`, `frame_stream`, `frame_valid` (each `[B, F]`); its `frame_mask`, where
-                there, decides.
-            hidden_states: `[B, S, hidden_size]` states of a host model.
-            hidden_time: `[B, S]` seconds, when each state had last seen a frame: no frame reads a later one. None: all
-                states are context given beforehand.
+                there, decides. With `frame_clip [B, F]` several clips share a sequence (`ClipCollator(pack_to=…)`),
+                and B counts sequences; there is no rollout of these.
+            hidden_states: `[B, S, hidden_size]` states of a host model. For packed batches `[K, S, hidden_size]`, a row
+                for each of the K clips that `frame_clip` counts, and no clip reads the states of another.
+            hidden_time: `[B, S]` or `[K, S]` seconds, when each state had last seen a frame: no frame reads a later
+                one. None: all states are context given beforehand.
 
         Raises:
             ConfigError: keys missing or of wrong shape; settings that contradict the batch's mask or patches.
@@ -205,13 +207,20 @@ class AutoregressiveReconstruction(nn.Module):
         }
         return self(batch, hidden_states, hidden_time).loss
 
-    def encode(self, frames: Tensor, frame_index: Tensor | None = None, frame_valid: Tensor | None = None) -> Tensor:
+    def encode(
+        self,
+        frames: Tensor,
+        frame_index: Tensor | None = None,
+        frame_valid: Tensor | None = None,
+        frame_clip: Tensor | None = None,
+    ) -> Tensor:
         """Patch embeddings of the frozen tower: `[B, F, 3, H, W]` to float32 `[B, F, P, D]`, detached.
 
         Args:
             frames: uint8 or float.
             frame_index: `[B, F]`; frames of one clip with equal index are encoded once.
             frame_valid: bool `[B, F]`, with an index; what is not valid is not encoded, and gets some other embedding.
+            frame_clip: `[B, F]`, with an index: which clip of a packed sequence a frame belongs to.
 
         Raises:
             ConfigError: the tower's embeddings have another size than `embedding_dim`.
@@ -221,7 +230,7 @@ class AutoregressiveReconstruction(nn.Module):
         if frame_index is None:
             embedded = self.tower(flat)
         else:
-            first, source = unique_frames(frame_index, frame_valid)
+            first, source = unique_frames(frame_index, frame_valid, frame_clip)
             embedded = self.tower(flat if len(first) == len(flat) else flat[first.to(flat.device)])
             if len(first) != len(flat):
                 embedded = embedded[source.to(embedded.device)]
@@ -232,14 +241,16 @@ class AutoregressiveReconstruction(nn.Module):
         """Embeds a batch and decides mask and targets; see `forward` for its keys and errors."""
         frames = _check_video(batch.get("video_frames"))
         shape = tuple(frames.shape[:2])
-        for key in ("frame_index", "frame_time", "frame_stream", "frame_valid"):
+        deciding = ("frame_index", "frame_stream", "frame_valid", *(("frame_clip",) if "frame_clip" in batch else ()))
+        for key in (*deciding, "frame_time"):
             value = batch.get(key)
             if not isinstance(value, Tensor) or tuple(value.shape) != shape:
                 got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ConfigError(f"the batch's {key} must be a tensor of {list(shape)} like its frames, got {got}")
         # One transfer from the device for everything that decides about frames.
-        facts = torch.stack([batch[key].long() for key in ("frame_index", "frame_stream", "frame_valid")]).cpu()
-        embedded = self.encode(frames, facts[0], facts[2].bool())
+        facts = torch.stack([batch[key].long() for key in deciding]).cpu()
+        clip = facts[3] if len(facts) > 3 else None
+        embedded = self.encode(frames, facts[0], facts[2].bool(), clip)
         grid = self.tower.tower.grid or squarest_grid(embedded.shape[2])
         stream = batch["frame_stream"].to(embedded.device).long()
         embeddings, patches, grids = self._pool(embedded, stream, grid)
@@ -247,9 +258,7 @@ class AutoregressiveReconstruction(nn.Module):
             embeddings = F.layer_norm(embeddings, embeddings.shape[-1:])
         # Whatever stands in padding, NaN even, reaches nothing.
         embeddings = embeddings.masked_fill(~batch["frame_valid"].to(embeddings.device).bool()[:, :, None, None], 0)
-        layouts = tuple(
-            FrameLayout.from_arrays(index, streams, valid, patches) for index, streams, valid in facts.unbind(1)
-        )
+        layouts = layouts_of(facts, patches, batch.get("frame_mask"))
         mask = choose_mask(self.config, batch.get("frame_mask"), layouts)
         targets = torch.tensor([next_frame_targets(layout) for layout in layouts])
         leaks = torch.tensor(
@@ -269,14 +278,25 @@ class AutoregressiveReconstruction(nn.Module):
             leaking=int(leaks.sum()),
             num_scored=int(scored.sum()),
             grids=grids,
+            clip=None if clip is None else clip.to(device, non_blocking=True),
         )
 
     def predict(
         self, clips: PreparedClips, hidden_states: Tensor | None = None, hidden_time: Tensor | None = None
     ) -> tuple[Tensor, list[Any]]:
         """The predictor's parallel pass: `[B, N, D]`, and its keys and values."""
-        tokens = clips.pack()
-        return self.predictor(tokens, clips.geometry(), self.plan(clips.mask, tokens), hidden_states, hidden_time)
+        tokens, own = clips.pack(), None
+        if clips.clip is not None and hidden_states is not None:
+            hidden_states, hidden_time, own = clips.spread_states(hidden_states, hidden_time)
+        return self.predictor(
+            tokens,
+            clips.geometry(),
+            self.plan(clips.mask, tokens),
+            hidden_states,
+            hidden_time,
+            hidden_allowed=own,
+            time_origin=clips.time_origin(),
+        )
 
     def plan(self, mask: FrameMask, tokens: Tensor) -> AttentionPlan:
         """The attention that these settings make of a mask."""

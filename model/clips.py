@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from framestream.pipeline.errors import ConfigError
 from framestream.pipeline.layout import FrameLayout
 from framestream.pipeline.masks import FrameMask
 
@@ -30,6 +31,7 @@ class PreparedClips:
     leaking: int
     num_scored: int
     grids: dict[int, Grid]
+    clip: Tensor | None = None  # int64 [B, F], which clip a frame of a packed sequence belongs to, -1 padding
 
     def select(self, clips: list[int]) -> PreparedClips:
         """Some of the clips, in that order."""
@@ -46,12 +48,47 @@ class PreparedClips:
             targets=self.targets[at],
             has_target=self.has_target[at],
             scored=self.scored[at],
+            clip=None if self.clip is None else self.clip[at],
         )
 
     def geometry(self) -> Geometry:
         """Where the tokens stand."""
         step = torch.where(self.has_target, self.time.gather(1, self.targets) - self.time, 0)
         return Geometry.build([layout.patches for layout in self.layouts], self.time, self.stream, step, self.grids)
+
+    def time_origin(self) -> Tensor | None:
+        """`[B, F]` seconds, the earliest frame of each frame's own clip; None where a sequence is one clip."""
+        if self.clip is None:
+            return None
+        own = self.clip[:, :, None] == self.clip[:, None, :]
+        return torch.where(own, self.time[:, None, :], torch.inf).amin(-1)
+
+    def spread_states(self, states: Tensor, time: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Host states of K clips, `[K, S, C]` and `[K, S]`, beside the sequences that hold these clips.
+
+        Returns:
+            `[B, M * S, C]`, `[B, M * S]`, and bool `[B, F, M * S]`, which states are of a frame's own clip. M is the
+            number of clips in the sequence that holds most.
+
+        Raises:
+            ConfigError: the number of rows is not that of the clips.
+        """
+        assert self.clip is not None
+        clips = [[k for k in dict.fromkeys(layout.clip) if k >= 0] for layout in self.layouts]
+        count = sum(map(len, clips))
+        for name, given in (("hidden_states", states), ("hidden_time", time)):
+            if given is not None and (given.dim() < 2 or len(given) != count):
+                raise ConfigError(
+                    f"{name} must have a row for each of the {count} clips in these packed sequences, "
+                    f"got {list(given.shape)}"
+                )
+        most = max(map(len, clips))
+        owner = torch.tensor([own + [-2] * (most - len(own)) for own in clips], device=states.device)
+        rows = owner.clamp(min=0)
+        beside = states[rows].masked_fill((owner < 0)[:, :, None, None], 0).flatten(1, 2)
+        when = None if time is None else time[rows.to(time.device)].flatten(1, 2)
+        each = owner.repeat_interleave(states.shape[1], dim=1).to(self.clip.device)
+        return beside, when, self.clip[:, :, None] == each[:, None, :]
 
     def pack(self) -> Tensor:
         """The frames' own patches as tokens: `[B, N, D]`."""
@@ -91,20 +128,42 @@ def _flat_positions(patches: tuple[int, ...], width: int) -> Tensor:
     return torch.cat([torch.arange(count) + frame * width for frame, count in enumerate(patches)])
 
 
-def unique_frames(frame_index: Tensor, frame_valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def layouts_of(facts: Tensor, patches: tuple[int, int], mask: FrameMask | None) -> tuple[FrameLayout, ...]:
+    """The layout of each sequence from its frames' index, stream, validity and, where packed, clip: `[3 or 4, B, F]`.
+
+    Frames that fill a packed sequence up have as many tokens as its mask says.
+    """
+    layouts = []
+    for row, (index, stream, valid, *clip) in enumerate(facts.unbind(1)):
+        layout = FrameLayout.from_arrays(index, stream, valid, patches, clip=clip[0] if clip else None)
+        if clip and mask is not None and mask.batch_size == facts.shape[1]:
+            lengths = mask[row].patterns[0].lengths
+            if len(lengths) == layout.num_frames:
+                both = zip(layout.clip, layout.patches, lengths, strict=True)
+                layout = replace(layout, patches=tuple(given if k < 0 else own for k, own, given in both))
+        layouts.append(layout)
+    return tuple(layouts)
+
+
+def unique_frames(
+    frame_index: Tensor, frame_valid: Tensor | None = None, frame_clip: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Flat positions of the frames to encode, and for each frame of `[B, F]` which of them it is; invalid ones any."""
     index = frame_index.cpu()
     valid = torch.ones_like(index) if frame_valid is None else frame_valid.cpu()
+    clips = torch.zeros_like(index) if frame_clip is None else frame_clip.cpu()
     first: list[int] = []
     source: list[int] = []
-    for clip, (row, usable) in enumerate(zip(index.tolist(), valid.tolist(), strict=True)):
-        seen: dict[int, int] = {}
-        for position, frame in enumerate(row):
+    for start, row, usable, clip in zip(
+        range(0, index.numel(), index.shape[1]), index.tolist(), valid.tolist(), clips.tolist(), strict=True
+    ):
+        seen: dict[tuple[int, int], int] = {}
+        for position, frame in enumerate(zip(clip, row, strict=True)):
             if not usable[position]:
                 source.append(0)
                 continue
             if frame not in seen:
                 seen[frame] = len(first)
-                first.append(clip * len(row) + position)
+                first.append(start + position)
             source.append(seen[frame])
     return torch.tensor(first or [0]), torch.tensor(source)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from framestream.pipeline.errors import ConfigError
+
 from .losses import patch_error
 
 if TYPE_CHECKING:
@@ -147,6 +149,9 @@ def evaluate(
 
     Returns:
         Sums over this process's clips; `gather_evaluation` adds up those of all ranks.
+
+    Raises:
+        ConfigError: clips share sequences (`pack_to`).
     """
     from .rollout import generate
 
@@ -169,6 +174,8 @@ def evaluate(
             batch = move_batch(batch, device)
             # A rank without a row of its own repeats one, which must not count twice.
             frames = module.prepare(batch)
+            if frames.clip is not None:
+                raise ConfigError("an evaluation counts clips, and these share sequences: use a loader without pack_to")
             rows = batch.get("meta") or [{}] * len(frames.layouts)
             real = torch.tensor([not meta.get("padding") for meta in rows])
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):

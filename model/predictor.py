@@ -111,6 +111,7 @@ class FramePredictor(nn.Module):
         hidden_states: Tensor | None = None,
         hidden_time: Tensor | None = None,
         *,
+        hidden_allowed: Tensor | None = None,
         cache: list[LayerCache] | None = None,
         time_origin: Tensor | None = None,
     ) -> tuple[Tensor, list[LayerCache]]:
@@ -123,10 +124,11 @@ class FramePredictor(nn.Module):
             hidden_states: `[B, S, context_dim]` states of a host model.
             hidden_time: `[B, S]` seconds: when each state had last seen a frame. A frame reads the states whose
                 time is not after its own; infinite marks padding. None: all are context given beforehand.
+            hidden_allowed: bool `[B, F, S]`, which states a frame may read, as far as `hidden_time` lets it. None: all.
             cache: what earlier calls returned: their keys come before those of `tokens`, and `mask` must be a
                 plan over all of them. The context is that of the first call.
-            time_origin: `[B, 1]` seconds, what rotary time counts from; the earliest frame by default. Calls
-                that share a cache must share it.
+            time_origin: `[B, 1]` seconds, or `[B, F]` for clips that share a sequence: what rotary time counts from;
+                the earliest frame by default. Calls that share a cache must share it.
 
         Returns:
             `[B, N, D]` predictions, and the cache with these tokens added.
@@ -135,7 +137,7 @@ class FramePredictor(nn.Module):
             ConfigError: hidden states of a wrong shape; times without states.
         """
         plan = mask if isinstance(mask, AttentionPlan) else self.plan(mask, tokens)
-        context = self._context(tokens, geometry, hidden_states, hidden_time)
+        context = self._context(tokens, geometry, hidden_states, hidden_time, hidden_allowed)
         rotary = _rotary_table(geometry, self.head_dim, time_origin)
         x = self.embed(tokens.to(self.embed.weight.dtype))
         x = x + geometry.spread(self.stream_embedding(geometry.stream)).to(x.dtype)
@@ -160,7 +162,12 @@ class FramePredictor(nn.Module):
         return plan_attention(mask, tokens.shape[0], tokens.device, backend, token_causal=token_causal)
 
     def _context(
-        self, tokens: Tensor, geometry: Geometry, hidden_states: Tensor | None, hidden_time: Tensor | None
+        self,
+        tokens: Tensor,
+        geometry: Geometry,
+        hidden_states: Tensor | None,
+        hidden_time: Tensor | None,
+        allowed: Tensor | None,
     ) -> Context:
         batch = tokens.shape[0]
         null = self.null_state.expand(batch, -1, -1)
@@ -176,7 +183,7 @@ class FramePredictor(nn.Module):
             )
         states = self.context_norm(torch.cat([null, hidden_states.to(null.dtype)], dim=1))
         if hidden_time is None:
-            return Context(states, None)
+            return Context(states, None if allowed is None else F.pad(allowed, (1, 0), value=True))
         if hidden_time.shape != hidden_states.shape[:2]:
             raise ConfigError(
                 f"hidden_time must be {list(hidden_states.shape[:2])}, a time for each state, "
@@ -185,7 +192,7 @@ class FramePredictor(nn.Module):
         # Both rounded to float32, so that a state of the very time of a frame compares equal whoever computed it.
         when = hidden_time.to(geometry.time.device).float()
         seen = when[:, None, :] <= geometry.time.float()[:, :, None]
-        return Context(states, F.pad(seen, (1, 0), value=True))
+        return Context(states, F.pad(seen if allowed is None else seen & allowed, (1, 0), value=True))
 
 
 class Block(nn.Module):

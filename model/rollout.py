@@ -73,13 +73,22 @@ def rollout(
 
     Raises:
         ConfigError: `steps` no whole number, below 1, or no fewer than the fast frames of the batch; hidden states of
-            another batch size.
+            another batch size; a packed batch.
     """
     return generate(module, module.prepare(batch), steps, hidden_states, hidden_time, teacher_forced=teacher_forced)
 
 
 def longest_rollout(clips: PreparedClips) -> int:
-    """Steps that the clip with most fast frames, valid or not, has room for; -1 without any fast frame."""
+    """Steps that the clip with most fast frames, valid or not, has room for; -1 without any fast frame.
+
+    Raises:
+        ConfigError: clips share sequences.
+    """
+    if clips.clip is not None:
+        raise ConfigError(
+            "a rollout continues one clip, and the sequences of this batch hold several: build the batch without "
+            "pack_to (and train on packed ones with rollout_steps: 0)"
+        )
     return max(sum(s == FAST for s in layout.stream) for layout in clips.layouts) - 1
 
 

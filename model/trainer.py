@@ -355,8 +355,9 @@ def train(
                         with clock("backward"):
                             loss.backward()
                     loss_sum += loss.detach()
-                    samples += len(batch["video_frames"]) * ranks.world
-                    window_samples += len(batch["video_frames"]) * ranks.world
+                    clips = len(batch.get("keys", batch["video_frames"]))  # in packed sequences there are more
+                    samples += clips * ranks.world
+                    window_samples += clips * ranks.world
                 with clock("optimise"):
                     norm = nn.utils.clip_grad_norm_(parameters, settings.grad_clip or math.inf)
                     loss_value, norm_value = mean_over_ranks(loss_sum, ranks).item(), norm.item()

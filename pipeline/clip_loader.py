@@ -67,6 +67,7 @@ class ClipLoader:
         # Weak, so that leaving the loop ends it at once, and with it its thread.
         self._running: weakref.ref[Generator[dict[str, Any], None, None]] | None = None
         self._counts = WorkerCounts()
+        self._filled = 0.0  # fill rates of packed batches, summed up
         self._pool: list[WorkerPool] = []  # one, once a loop with workers has begun
         self._pool_owner = os.getpid()
         weakref.finalize(self, _stop_workers, self._pool, os.getpid())
@@ -148,7 +149,8 @@ class ClipLoader:
         overran their time and were replaced. `cache_hits` and `cache_misses`, samples of remote shards that were at
         hand when they were needed, and that had to wait for a download. `rejects`, `reject_share`, `spares`,
         `without_meta`, samples whose JSON was missing or damaged, and `cpu_fallbacks`, samples that the GPU's decoder
-        could not decode and the CPU's did. In a mixture `samples/NAME` for each dataset.
+        could not decode and the CPU's did. In a mixture `samples/NAME` for each dataset. With `pack_to`, `fill_rate`:
+        the mean over batches.
         """
         total = self._health.seconds * max(self._num_workers, 1)
         return {
@@ -156,6 +158,7 @@ class ClipLoader:
             "transfer_ms": self._counts.transfer_s * 1e3 / max(self._health.samples, 1),
             "worker_busy_share": min(1.0, self._counts.busy_s / total) if total else 0.0,
             "worker_restarts": self._counts.restarts,
+            **({"fill_rate": self._filled / max(self._health.batches, 1)} if self._maker.collate.pack_to else {}),
         }
 
     def close(self) -> None:
@@ -259,6 +262,7 @@ class ClipLoader:
     def _checked(self, delivery: Delivery) -> dict[str, Any]:
         batch = delivery.batch
         self._health.record(delivery.reports, delivery.collate_ms)
+        self._filled += batch.get("fill_rate", 0.0)
         self._lanes.hand_over(batch)
         batch["frame_mask"].prepare(self._device, self._attention_backend)
         return batch

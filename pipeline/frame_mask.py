@@ -50,7 +50,9 @@ class FramePattern:
     def matrix(self) -> np.ndarray:
         """bool `[F, F]`."""
         frames = len(self.lengths)
-        return np.array([[row >> j & 1 for j in range(frames)] for row in self.rows], dtype=bool)
+        width = (frames + 7) // 8
+        packed = np.frombuffer(b"".join(row.to_bytes(width, "little") for row in self.rows), dtype=np.uint8)
+        return np.unpackbits(packed.reshape(frames, width), axis=1, count=frames, bitorder="little").astype(bool)
 
     def allowed_pairs(self) -> int:
         """Token pairs that may attend, out of N * N."""
@@ -119,6 +121,18 @@ class FrameMask:
         patterns = list(dict.fromkeys(mask.patterns[0] for mask in masks))
         place = {pattern: k for k, pattern in enumerate(patterns)}
         return cls(tuple(patterns), tuple(place[mask.patterns[0]] for mask in masks))
+
+    @classmethod
+    def diagonal(cls, masks: Sequence[FrameMask]) -> FrameMask:
+        """Put clips one behind another in one sequence: each keeps its own mask, and none sees another."""
+        if not masks or any(mask.clips is not None for mask in masks):
+            raise ConfigError("FrameMask.diagonal needs at least one mask, and masks without a batch axis only.")
+        rows: list[int] = []
+        lengths: list[int] = []
+        for pattern in (mask.patterns[0] for mask in masks):
+            rows += [row << len(lengths) for row in pattern.rows]
+            lengths += pattern.lengths
+        return cls((FramePattern(tuple(rows), tuple(lengths)),))
 
     @property
     def num_frames(self) -> int:

@@ -126,6 +126,24 @@ class FrameLayout:
             frame_time=sum((layout.frame_time or () for layout in layouts), ()) if timed else None,
         )
 
+    def only_valid(self) -> FrameLayout:
+        """The same without the frames that only keep the shape static.
+
+        Raises:
+            ConfigError: no frame is valid.
+        """
+        if all(self.valid):
+            return self
+        kept = [i for i, valid in enumerate(self.valid) if valid]
+        return FrameLayout(
+            frame_index=tuple(self.frame_index[i] for i in kept),
+            stream=tuple(self.stream[i] for i in kept),
+            valid=(True,) * len(kept),
+            clip=tuple(self.clip[i] for i in kept),
+            patches=tuple(self.patches[i] for i in kept),
+            frame_time=None if self.frame_time is None else tuple(self.frame_time[i] for i in kept),
+        )
+
     def offsets(self) -> tuple[int, ...]:
         """First token of each frame, and N at the end: `[F + 1]`."""
         return tuple(accumulate(self.patches, initial=0))

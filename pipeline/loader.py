@@ -21,7 +21,9 @@ from .decode import GPU_BACKENDS, choose_backend
 from .errors import ConfigError
 from .health import Health
 from .layout import PositionKind
+from .layout import patches_per_frame as patches_of
 from .masks import Rule
+from .packing import check_clip_fits
 from .sampling import Sampling
 from .shard_paths import ShardsArgument
 from .shards import ShardSet
@@ -51,6 +53,7 @@ def build_loader(
     position_ids: PositionKind = "source",
     normalize: Normalize | None = None,
     block_mask: bool = False,
+    pack_to: int | None = None,
     num_workers: int = 0,
     seed: int = 0,
     shuffle: bool = True,
@@ -88,6 +91,8 @@ def build_loader(
         batch_size: clips per batch and rank.
         image_size, crop, random_end, transform, fields, timeout_s, checksums: see `ClipTransform`.
         mask, window_size, position_ids, normalize, block_mask: see `ClipCollator`.
+        pack_to: tokens of a sequence into which the clips of a batch are packed, several in one; see `ClipCollator`.
+            It has to hold the longest clip that `sampling` can give. The samples of a batch stay the same.
         num_workers: worker processes; 0 works in the training process. Workers live from the first loop to
             `close()`, and the stream does not depend on their number. One that dies of a clip, or is not done with
             planning and decoding it within 3 x `timeout_s`, is replaced and costs that clip.
@@ -155,6 +160,7 @@ def build_loader(
         position_ids=position_ids,
         normalize=normalize,
         block_mask=block_mask,
+        pack_to=pack_to,
     )
     clip_transform = ClipTransform(
         sampling,
@@ -170,6 +176,9 @@ def build_loader(
         # A GPU reader that was chosen here, and not by name, leaves to the CPU what the hardware cannot decode.
         fallback="pyav" if decoder == "auto" and backend in GPU_BACKENDS else None,
     )
+    if pack_to is not None:
+        tokens = patches_of(collate.patches_per_frame, clip_transform.sampling.streams().tolist())
+        check_clip_fits(sum(tokens), pack_to, f"A clip of {len(tokens)} frames, as `sampling` gives them,")
     health = Health(max_reject_share, rejects_path)
     source = open_data(
         shards,

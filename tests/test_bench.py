@@ -10,7 +10,7 @@ import torch
 from framestream.tools.cli import main
 
 
-@pytest.mark.parametrize(("name", "candidates"), [("masks", 2), ("attention", 3)])
+@pytest.mark.parametrize(("name", "candidates"), [("masks", 2), ("attention", 3), ("packing", 4)])
 def test_bench_prints_and_writes(name, candidates, tmp_path, capsys):
     code = main(["bench", name, "--output", str(tmp_path), "--repeats", "2", "--tokens", "256", "512"])
     assert code == 0

@@ -18,14 +18,14 @@ import torch
 from framestream.pipeline.errors import ConfigError
 
 from .bench_loader import MEASURES
-from .bench_model import attention, masks
+from .bench_model import attention, masks, packing
 from .bench_picture import draw_bars
 from .bench_rows import Row
 from .bench_table import print_rows
 
 
 def bench(
-    name: Literal["decode", "loader", "shard", "assign", "masks", "attention", "order", "workers", "resume"],
+    name: Literal["decode", "loader", "shard", "assign", "masks", "attention", "packing", "order", "workers", "resume"],
     *,
     output: str = "runs/bench",
     repeats: int | None = None,
@@ -54,6 +54,7 @@ def bench(
     masks       FrameMask.block_mask against torch's create_block_mask, for an equal result.
     attention   forward and backward under a frame mask by key ranges, against a dense boolean mask and unmasked
                 attention; `ideal` is unmasked time multiplied by the share of token pairs that may attend.
+    packing     the predictor over clips of 16, 12, 8 and 5 frames: padded to the longest, and packed in one sequence.
     order       how well windows of shards shuffle, against a full shuffle.
     workers     an epoch with the loader's own workers, against torch's DataLoader; and what checksums cost.
     resume      opening 10 and 10,000 shards, and the first batch after a resume at the start and at 99 % of an epoch.
@@ -133,8 +134,12 @@ def _small(name: str, folder: Path, repeats: int, device: str, tokens: list[int]
     if name in MEASURES:
         rows = MEASURES[name](repeats)
     else:
-        measure: Callable[[int, int, str], list[Row]] = {"masks": masks, "attention": attention}[name]
-        rows = [row for n in tokens for row in measure(n, repeats, device)]
+        measures: dict[str, Callable[[int, int, str], list[Row]]] = {
+            "masks": masks,
+            "attention": attention,
+            "packing": packing,
+        }
+        rows = [row for n in tokens for row in measures[name](n, repeats, device)]
     print_rows(name, rows)
     draw_bars(rows, folder / f"{name}.png", log=name == "masks")
     return {"rows": [vars(row) for row in rows]}
