@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .bitstream import leaves_out_safely
+from .bitstream import begins_afresh, leaves_out_safely
 from .errors import DecodeError
 from .file_parts import FileParts
 from .indexed import packet_table
@@ -82,14 +82,14 @@ class FrameReader:
     def _collected(self, run: Run, deadline: Deadline) -> Iterator[tuple[int, Any]]:
         """Decode a run, and from an earlier key packet on where that was not enough.
 
-        Some streams mark packets as key that only begin a gradual refresh, after which pictures are complete.
+        Some streams mark packets as key that only begin a gradual refresh, after which pictures are complete. Others
+        begin open groups of pictures that manage references from before them, which is an error without those.
         """
         order = self.table.order
-        key = int(np.searchsorted(order.keys, run.packets[0]))
         last = -1  # that was given out
-        for earlier in (0, 1, 4):
-            if earlier:
-                run = order.run_from(int(order.keys[max(0, key - earlier)]), run.frames)
+        starts = self._starts(int(np.searchsorted(order.keys, run.packets[0])))
+        start: int | None = next(starts)
+        while start is not None:
             try:
                 for index, frame in self._decoded(run, deadline):
                     if index > last:
@@ -98,8 +98,28 @@ class FrameReader:
                 return
             except DecodeError:
                 deadline.check()
-                if self.table.closed_keys or not order.ordered or key - earlier <= 0 or earlier == 4:
+                start = next(starts, None)
+                if start is None:
                     raise
+                run = order.run_from(int(order.keys[start]), run.frames)
+
+    def _starts(self, key: int) -> Iterator[int]:
+        """Key packets, counted, from which decoding may begin to get what follows key packet `key`: each earlier than
+        the one before it, the last one where a decoder forgets all that was before."""
+        yield key
+        if self.table.closed_keys or not self.table.ordered or key == 0:
+            return
+        afresh = key
+        while afresh and not self._begins_afresh(afresh):
+            afresh -= 1
+        yield from (key - back for back in (1, 4) if key - back > afresh)
+        if afresh < key:
+            yield afresh
+
+    def _begins_afresh(self, key: int) -> bool:
+        table = self.table
+        packet = table.source.packet(int(table.order.keys[key]))
+        return begins_afresh(table.codec, bytes(table.source.codec().extradata or b""), memoryview(packet))
 
     def _decoded(self, run: Run, deadline: Deadline) -> Iterator[tuple[int, Any]]:
         """Decode one run. Damage anywhere in it is an error: frames after it may build on it without a sign of it."""

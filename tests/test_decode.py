@@ -284,3 +284,13 @@ def test_pictures_that_are_turned_one_by_one_are_refused(tmp_path: Path, clip_pa
         assert len(decoder.frames_at([0])) == 1
         with pytest.raises(DecodeError, match="clip 3: frame 1 is turned otherwise than others"):
             decoder.frames_at([0, 1])
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
+def test_open_groups_that_manage_references_from_before_them(suffix: str) -> None:
+    """Beginning at any of their key frames is an error to FFmpeg, but at the first."""
+    data = video_bytes(suffix, num_frames=96, open_gop=True, b_frames=4, extra=":b-adapt=0:b-pyramid=normal")
+    with PyAVDecoder(data) as decoder:
+        for first in (84, 60, 0, 36):
+            wanted = list(range(first, first + 12))
+            assert read_indices(decoder.frames_at(wanted)) == wanted

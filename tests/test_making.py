@@ -22,6 +22,7 @@ from framestream.tools.pool import WorkerPool
 from framestream.tools.probing import Probed, ProbeTask, probe_source
 from framestream.tools.shard_options import Encoding, ShardOptions
 
+from clips_setup import beeping
 from remux import Track, remux
 from synthetic import make_video, read_indices, trim_by_copy
 from video_kinds import KINDS
@@ -54,8 +55,7 @@ def video_of(made: MadeClip) -> tuple[str, bytes, dict[str, Any]]:
     """Extension, bytes and metadata of the video in a sample."""
     meta = json.loads(made.members["json"])
     if made.whole is not None:
-        ext, source = made.whole
-        return ext, Path(source.path).read_bytes(), meta
+        return made.whole.ext, Path(made.whole.source.path).read_bytes(), meta
     (ext,) = made.members.keys() - {"json", "txt"}
     return ext, made.members[ext], meta
 
@@ -218,6 +218,15 @@ def test_the_bytes_do_not_depend_on_what_the_process_did_before(tmp_path: Path) 
     with WorkerPool(make_clip, workers=2, timeout_s=60) as pool:
         there = [made.members for _, made in pool.map(reversed(tasks))]
     assert there == here[::-1]
+
+
+@pytest.mark.parametrize("codec", ["pcm_s16le", "mp2"])
+def test_every_clip_of_a_source_keeps_its_sound_where_that_is_encoded(tmp_path: Path, codec: str) -> None:
+    path = beeping(tmp_path / "a.mkv", codec)
+    tasks = [task_of(path, (first, first + 24), encoding=Encoding(audio="keep")) for first in range(0, 144, 24)]
+    with WorkerPool(make_clip, workers=1, timeout_s=60) as pool:
+        made = [result for _, result in pool.map(tasks)]
+    assert all(isinstance(result, MadeClip) and video_of(result)[2]["has_audio"] for result in made)
 
 
 def test_an_error_does_not_spoil_the_next_clip(tmp_path: Path) -> None:

@@ -241,3 +241,19 @@ def test_anything_can_be_printed(text: str) -> None:
     shown = printable(text)
     shown.encode()
     assert all(character.isprintable() or character in "\n\t" for character in shown)
+
+
+def test_a_narrow_terminal_shows_all_numbers_and_steps_that_ended_stand_still() -> None:
+    code = """
+import time
+from framestream.tools.progress import reporting
+with reporting("job", "bar") as report:
+    report.step("listing", 400_000, 400_000, 17)
+    for done in range(15):
+        report.step("probing", 123_456 + 30 * done, 400_000, 12_345)
+        time.sleep(0.1)
+"""
+    _, _, shown = on_terminal(code, COLUMNS="80")
+    text = ESCAPE.sub("", shown)
+    assert re.findall("probing .* 123[0-9]{3}/400000 .* 12345 rejected", text)
+    assert re.findall("listing .*[0-9]:[0-9]{2}:[0-9]{2}", text)[-1].endswith("0:00:00")

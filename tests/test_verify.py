@@ -81,6 +81,8 @@ def test_a_changed_video_is_named_even_where_the_shard_checksum_was_adapted(tmp_
     offset, size = json.loads(path.with_suffix(".idx.json").read_text())["samples"][1][1]["mp4"]
     data[offset + size // 2] ^= 1
     path.write_bytes(data)
+    for index in (tmp_path / "t").glob("*.json"):
+        index.unlink()
     verify_folder(tmp_path / "t", decode="none", repair_index=True, workers=1)
     text = problems(tmp_path / "t")
     assert "sample 'changed' has a .mp4 whose sha256" in text
@@ -164,6 +166,31 @@ def test_metadata_is_compared_with_the_video(tmp_path: Path) -> None:
     assert "sample 'none' has metadata that does not describe" in text
     assert "sample 'cut' has no readable video" in text
     assert "sample 'junk' has no readable video" in text
+
+
+@pytest.mark.parametrize(
+    ("false", "words"),
+    [
+        ({"fps": 25.0}, "has fps 24, its .json says 25"),
+        ({"duration": 3.0}, "has duration"),
+        ({"timestamps": [0.05 * n for n in range(20)]}, "has frames at other times"),
+        ({"has_audio": True}, "has has_audio False"),
+        ({"pix_fmt": "rgb24"}, "has pix_fmt yuv420p"),
+        ({"text": "a cat"}, "has a .txt that is not the text"),
+        ({"clip_start": 5.0}, "has clip_start 5.0 and clip_end 2.0"),
+        ({"clip_end": "soon"}, "which are no stretch"),
+    ],
+)
+def test_false_metadata_is_found_without_packets(tmp_path: Path, false: dict[str, Any], words: str) -> None:
+    video, info = small_video(0, 20, (96, 64), ".mp4")
+    sound = {name: value for name, value in info.items() if name != "packets"}
+    sound |= {"clip_start": 1.0, "clip_end": 2.0, "text": "a dog"}
+    with ShardWriter(tmp_path / "t") as writer:
+        writer.write("true", video, text="a dog", meta=sound)
+        writer.write("false", video, text="a dog", meta={**sound, **false})
+    text = problems(tmp_path / "t")
+    assert f"sample 'false' {words}" in text or words in text
+    assert "'true'" not in text
 
 
 def test_a_video_that_does_not_decode_is_found_by_decoding_all(tmp_path: Path) -> None:
@@ -432,6 +459,24 @@ def test_repair_keeps_what_the_writer_noted(folder: Path) -> None:
     (folder / "index.json").write_text(json.dumps(changed))
     assert verify_folder(folder, decode="none", repair_index=True, workers=1).num_repaired == 1
     assert json.loads((folder / "index.json").read_text()) == {**changed, "shards": folder_index["shards"]}
+
+
+@pytest.mark.parametrize("lost", ["", "clips-000000.idx.json", "index.json"])
+def test_repair_keeps_the_evidence_of_bytes_that_have_changed(folder: Path, lost: str) -> None:
+    tar = folder / "clips-000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[len(data) // 2] ^= 1
+    tar.write_bytes(data)
+    (folder / "clips-000001.idx.json").unlink()
+    if lost:
+        (folder / lost).unlink()
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    for _ in range(2):
+        report = verify_folder(folder, decode="none", repair_index=True, workers=1)
+        assert "clips-000000.tar has" in " ".join(report.problems)
+        after = {p.name: p.read_bytes() for p in folder.iterdir()}
+        assert after.pop("clips-000001.idx.json")
+        assert after == before
 
 
 def test_repair_goes_round_a_shard_that_cannot_be_read(folder: Path) -> None:

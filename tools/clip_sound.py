@@ -68,15 +68,19 @@ class SoundReader:
 
     def frames(self, start: Fraction, end: Fraction) -> Iterator[tuple[Fraction, Any]]:
         """The same, decoded: (its beginning, frame)."""
-        context = self.stream.codec_context
-        context.thread_count = 1
+        context: Any = None
         try:
             for _, packet in self.packets(start, end):
+                if context is None:  # not before: `packets` may open the file anew
+                    context = self.stream.codec_context
+                    if not context.is_open:
+                        context.thread_count = 1
                 for frame in context.decode(packet):
                     if frame.pts is not None:
                         yield frame.pts * frame.time_base - self._begin, frame
         finally:
-            context.flush_buffers()
+            if context is not None and context.is_open:
+                context.flush_buffers()
 
     def _timed(self) -> Iterator[tuple[Fraction, Any]]:
         for packet in self._container.demux(self.stream):
@@ -102,10 +106,9 @@ class ClipSound:
         self._waiting: deque[Any] = deque()
         if reader.codec in copied:
             self._stream = writer.add_stream_from_template(reader.stream)
-            for at, packet in reader.packets(start, end):
-                packet.pts = packet.dts = round((at - start) / packet.time_base)
+            self._waiting.extend(_on_clock(reader.packets(start, end), start, Fraction(1, reader.stream.rate)))
+            for packet in self._waiting:
                 packet.stream = self._stream
-                self._waiting.append(packet)
         else:
             self._stream = writer.add_stream("aac", rate=_rate(reader.stream.rate), layout=_layout(reader.stream))
             self._stream.bit_rate = AAC_BITS * self._stream.codec_context.layout.nb_channels
@@ -121,6 +124,23 @@ class ClipSound:
             if seconds is not None and packet.pts * packet.time_base > seconds:
                 return
             yield self._waiting.popleft()
+
+
+def _on_clock(packets: Iterator[tuple[Fraction, Any]], start: Fraction, sample: Fraction) -> Iterator[Any]:
+    """Packets whose times count from `start`, on a clock that tells single samples, and rise.
+
+    AVI counts in packets, so the time to the first picture would be lost to rounding. Files that were joined without
+    encoding may give a time twice, which containers refuse.
+    """
+    last: int | None = None
+    for at, packet in packets:
+        clock = min(packet.time_base, sample)
+        pts = round((at - start) / clock)
+        last = pts if last is None else max(pts, last + 1)
+        duration = round(packet.duration * packet.time_base / clock)
+        packet.pts = packet.dts = last
+        packet.duration, packet.time_base = duration, clock
+        yield packet
 
 
 def _rate(rate: int) -> int:

@@ -62,12 +62,12 @@ def timing(info: VideoInfo, frames: tuple[int, int], fps: float | None) -> Timin
     times = info.times()[first:stop]
     after = float(info.times()[stop]) if stop < info.num_frames else info.duration
     if fps is not None:
-        rate = Fraction(fps).limit_denominator(1001)
+        rate = _nominal(fps)
         count = max(1, round((after - times[0]) * fps))
         wanted = times[0] + np.arange(count) / float(rate)
         newest = np.searchsorted(times, wanted + 1e-6, side="right") - 1
         return Timing((first + newest).tolist(), list(range(count)), count, rate, 1 / rate)
-    rate = Fraction(info.fps).limit_denominator(1001)
+    rate = _nominal(info.fps)
     if info.timestamps is None:
         return Timing(list(range(first, stop)), list(range(stop - first)), stop - first, rate, 1 / rate)
     ticks = np.rint((np.append(times, after) - times[0]) / float(_CLOCK)).astype(np.int64)
@@ -75,6 +75,11 @@ def timing(info: VideoInfo, frames: tuple[int, int], fps: float | None) -> Timin
         raise SampleError("two frames of the source are shown at the same time; set fps to even it out")
     end = max(int(ticks[-1]), int(ticks[-2]) + 1)
     return Timing(list(range(first, stop)), ticks[:-1].tolist(), end, rate, _CLOCK)
+
+
+def _nominal(fps: float) -> Fraction:
+    """Rates as they are usual; very slow ones, such as a frame an hour, as exactly as encoders take them."""
+    return Fraction(fps).limit_denominator(1001 if fps >= 1 else 1_000_000)
 
 
 def encode(video: OpenedVideo, frames: tuple[int, int], encoding: Encoding, name: str, *, sound: bool) -> bytes:

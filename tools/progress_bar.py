@@ -8,9 +8,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from .progress import DRAW_EVERY_S, printable
 from .progress_pace import Pace, in_words, in_words_rate
+
+_COUNT_WIDTH = 15  # 1000000/1000000
 
 
 class BarSink:
@@ -24,13 +27,14 @@ class BarSink:
         self._console = Console(stderr=True, force_terminal=True, highlight=False, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description:<8}"),
-            BarColumn(24),
-            MofNCompleteColumn(),
+            BarColumn(None, table_column=Column(ratio=1)),  # takes the room that is left, and gives way first
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=_COUNT_WIDTH)),
             TextColumn("{task.fields[rate]}"),
             TextColumn("{task.fields[left]}"),
             TimeElapsedColumn(),
             TextColumn(f"{{task.fields[bad]}} {counted}"),
             console=self._console,
+            expand=True,
             redirect_stdout=sys.stdout.isatty(),  # what goes into a pipe must not come out here
         )
         self._tasks: dict[str, TaskID] = {}
@@ -67,6 +71,7 @@ class BarSink:
 
     def _stop_steps(self) -> None:
         for task in self._bar.tasks:
-            self._bar.stop_task(task.id)
+            if task.stop_time is None:  # once: stopping again would move the end
+                self._bar.stop_task(task.id)
             if task.total is None:
                 self._bar.update(task.id, total=task.completed)  # no pulse where nothing happens any more

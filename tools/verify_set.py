@@ -117,6 +117,7 @@ class _Job:
     workers: int
     timeout_s: float
     progress: Progress | None
+    recorded: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
     def check_shards(self, tasks: Sequence[ShardTask], keys: Keys) -> None:
         """Check all shards, and those once more, clip by clip, whose check killed or stopped its process."""
@@ -147,11 +148,27 @@ class _Job:
     def _taken(self, check: ShardCheck, number: int, keys: Keys) -> ShardCheck:
         """Keep what is needed of a check, which is not its keys, and write its index file if that is asked for."""
         keys.add(number, check.name, check.keys)
-        if self.repair_index and check.wanted_index is not None:
+        entry = self._entries(self.places[number]).get(check.name) if self.repair_index else None
+        if (
+            entry
+            and check.sha256
+            and (entry["bytes"] != check.num_bytes or entry["sha256"] not in (None, check.sha256))
+        ):
+            check = replace(check, changed=True)
+        if self.repair_index and check.wanted_index is not None and not check.changed:
             atomic_write(index_path(Path(self.places[number].path, check.name)), check.wanted_index)
             self.report.num_repaired += 1
             check = replace(check, index_problem="", has_index=True)
         return replace(check, keys=(), wanted_index=None)
+
+    def _entries(self, place: Place) -> dict[str, dict[str, Any]]:
+        """What `index.json` of a folder recorded before any repair; {} where it cannot be read."""
+        if place.path not in self.recorded:
+            try:
+                self.recorded[place.path] = place.folder_index() or {}
+            except ShardError:
+                self.recorded[place.path] = {}
+        return self.recorded[place.path]
 
     def _by_clip(self, task: ShardTask) -> ShardCheck:
         """A check in which a clip that crashes or hangs its decoder costs nothing but itself."""
@@ -172,9 +189,8 @@ class _Job:
         listed = folder_index_problems(place, checks)
         bare = [check for check in checks if check.bare]
         foreign = bool(bare) and not any(check.described for check in checks)
-        if self.repair_index and listed != [] and all(check.sha256 for check in checks):
-            _write_folder_index(place, checks)
-            self.report.num_repaired += 1
+        if self.repair_index and listed != [] and self._repaired(place, checks):
+            problems += folder_index_problems(place, checks) or ()  # of shards whose bytes have changed
         elif listed is not None:
             problems += listed
         elif not foreign:
@@ -189,6 +205,30 @@ class _Job:
             )
         self.report.problems += map(place.said, problems)
         self.report.notices += map(place.said, _notices(checks) if foreign else [])
+
+    def _repaired(self, place: Place, checks: Sequence[ShardCheck]) -> bool:
+        """Write `index.json` out of what was found, but for shards whose bytes have changed: what it recorded of them
+        stays. What it said of the set as a whole stays, too, where it can be read. False where it cannot be written.
+        """
+        entries = self._entries(place)
+        if not all(check.sha256 and (check.name in entries or not check.changed) for check in checks):
+            return False
+        try:
+            before = place.json(FOLDER_INDEX)
+        except ShardError:
+            before = {}
+        shards = [
+            {"name": c.name, **entries[c.name]}
+            if c.changed
+            else {"name": c.name, "samples": c.num_samples, "bytes": c.num_bytes, "sha256": c.sha256}
+            for c in checks
+        ]
+        more: dict[str, Any] = {kind: before[kind] for kind in ("inputs", "clips") if kind in before}
+        content, path = folder_index(shards, more), Path(place.path, FOLDER_INDEX)
+        if not path.exists() or path.read_bytes() != content:
+            atomic_write(path, content)
+            self.report.num_repaired += 1
+        return True
 
 
 def _notices(checks: Sequence[ShardCheck]) -> Iterator[str]:
@@ -209,17 +249,6 @@ def _without_video(check: ShardCheck) -> Iterator[str]:
     yield from check.without_video
     if check.num_without_video > len(check.without_video):
         yield f"{check.name}: {check.num_without_video - len(check.without_video)} more samples have no video."
-
-
-def _write_folder_index(place: Place, checks: Sequence[ShardCheck]) -> None:
-    """Write `index.json` out of what was found. What it said of the set as a whole stays where it can be read."""
-    try:
-        before = place.json(FOLDER_INDEX)
-    except ShardError:
-        before = {}
-    shards = [{"name": c.name, "samples": c.num_samples, "bytes": c.num_bytes, "sha256": c.sha256} for c in checks]
-    more: dict[str, Any] = {kind: before[kind] for kind in ("inputs", "clips") if kind in before}
-    atomic_write(Path(place.path, FOLDER_INDEX), folder_index(shards, more))
 
 
 def _told(result: SampleCheck | Failure) -> SampleCheck:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+import numpy as np
 
 from framestream.pipeline.download import download
 from framestream.pipeline.errors import SampleError, ShardError
@@ -21,6 +24,8 @@ from framestream.pipeline.shards import RawSample
 Decode = Literal["none", "sample", "all"]
 CHUNK_BYTES = 64 << 20  # of pictures that are in memory at a time
 _CHECKED = ("num_frames", "key_frames", "width", "height", "codec", "rotation")
+_CHECKED_WHERE_SAID = ("has_audio", "pix_fmt")  # by nobody but us
+_NEAR = 1e-6  # seconds, and frames per second
 TOLD = 20  # of those are told one by one
 _OURS = ("num_frames", "sha256")  # metadata with neither was written by somebody who has no such fields
 
@@ -60,7 +65,8 @@ class ShardCheck:
         bare: samples without such fields, of which `first_bare` is the first.
         decoded: samples of whose videos frames were decoded.
         has_index: whether there is an index file beside it.
-        index_problem: what is wrong with it, if anything is; `wanted_index` is what it should hold then.
+        changed: the bytes are not those that an index recorded, which is evidence that no repair may wipe out.
+        index_problem: what is wrong with the index file, if anything is; `wanted_index` is what it should hold then.
         num_without_video: keys that have other members only; `without_video` tells of the first of them.
         problems: all else, one sentence each.
     """
@@ -75,6 +81,7 @@ class ShardCheck:
     first_bare: str = ""
     decoded: int = 0
     has_index: bool = True
+    changed: bool = False
     wanted_index: bytes | None = None
     index_problem: str = ""
     num_without_video: int = 0
@@ -176,6 +183,8 @@ def check_structure(task: ShardTask, path: Path) -> tuple[ShardCheck, ShardIndex
         fault = _index_fault(task, before, index, sha256)
     except ShardError as err:
         fault = f"{err}."
+    if before is not None and _records_others(before, index, sha256):
+        return replace(check, changed=True, index_problem=fault), index
     if not fault:
         return check, index
     # The writer's own remark stays where it was about these very bytes.
@@ -196,13 +205,18 @@ def _stored_index(task: ShardTask) -> ShardIndex | None:
         return None
 
 
+def _records_others(stored: ShardIndex, actual: ShardIndex, sha256: str) -> bool:
+    """Whether an index file was made for other bytes."""
+    return stored.num_bytes != actual.num_bytes or stored.sha256 not in (None, sha256)
+
+
 def _index_fault(task: ShardTask, stored: ShardIndex | None, actual: ShardIndex, sha256: str) -> str:
     """What is wrong with an index file, in a sentence; "" when it is right."""
     tar, name = task.name, index_path(task.name).name
     if stored is None:
         return f"{tar} has no {name} beside it; `--repair-index` writes it."
     if stored.num_bytes != actual.num_bytes:
-        return f"{tar} has {actual.num_bytes} bytes, {name} was made for {stored.num_bytes}."
+        return f"{tar} has {actual.num_bytes} bytes, {name} was made for {stored.num_bytes}: its bytes have changed."
     if stored.samples != actual.samples:
         return f"{name} does not list what is in {tar}."
     if stored.sha256 not in (None, sha256):
@@ -254,12 +268,32 @@ def _compare(sample: RawSample, described: bool, problems: list[str]) -> VideoIn
         if described:
             problems.append("has metadata that does not describe its video (num_frames, fps, width, …).")
         return info
-    for name in _CHECKED:
+    for name in (*_CHECKED, *(name for name in _CHECKED_WHERE_SAID if name in sample.meta)):
         if getattr(claimed, name) != getattr(info, name):
             problems.append(f"has {name} {getattr(info, name)}, its .json says {getattr(claimed, name)}.")
+    for name in ("fps", "duration"):
+        actual, said = getattr(info, name), getattr(claimed, name)
+        if not math.isclose(actual, said, rel_tol=_NEAR, abs_tol=_NEAR):
+            problems.append(f"has {name} {actual:g}, its .json says {said:g}.")
+    if claimed.num_frames == info.num_frames and not np.allclose(claimed.times(), info.times(), rtol=_NEAR, atol=_NEAR):
+        problems.append("has frames at other times than its .json says.")
+    problems += _claims(sample)
     if "packets" in sample.meta and (claimed.packets is None or not claimed.packets.same_packets(info.packets)):
         problems.append("has packets other than its .json says: its bytes have changed, or its .json is damaged there.")
     return info
+
+
+def _claims(sample: RawSample) -> Iterator[str]:
+    """What the metadata that `framestream shard` writes says of the clip otherwise than its other members."""
+    meta = sample.meta
+    start, end = meta.get("clip_start"), meta.get("clip_end")
+    if start is None and end is None:
+        return
+    numbers = [value for value in (start, end) if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    if len(numbers) < 2 or not 0 <= numbers[0] < numbers[1] < math.inf:
+        yield f"has clip_start {start!r} and clip_end {end!r} in its .json, which are no stretch of a video."
+    if isinstance(meta.get("text"), str) and meta["text"] != (sample.text if "txt" in sample.members else ""):
+        yield "has a .txt that is not the text in its .json."
 
 
 def _decode_problems(sample: RawSample, info: VideoInfo, decode: Decode) -> list[str]:
