@@ -24,7 +24,9 @@ def fsync(path: Path) -> None:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file under a temporary name that takes its own name when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}{TEMP_SUFFIX}")
+    # Random, too: processes of two machines that share a disk may have the same numbers.
+    own = f"{os.getpid()}-{threading.get_native_id()}-{os.urandom(4).hex()}"
+    temporary = path.with_name(f".{path.name}.{own}{TEMP_SUFFIX}")
     file = open(temporary, "wb")  # noqa: SIM115  (closed below on both ways out)
     try:
         yield file

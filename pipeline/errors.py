@@ -18,6 +18,10 @@ class ShardError(FramestreamError):
     """A shard or its index is missing, damaged, or does not match."""
 
 
+class StorageError(ShardError):
+    """The storage does not answer or refuses. Nothing is wrong with what was asked for; later it may be had."""
+
+
 class SampleError(FramestreamError):
     """One sample cannot be used. Loaders record it, replace it and go on."""
 

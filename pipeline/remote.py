@@ -11,11 +11,16 @@ import asyncio
 import errno
 import logging
 import random
+import tarfile
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from .errors import ConfigError, FramestreamError, ShardError
+from .errors import ConfigError, FramestreamError, ShardError, StorageError
+from .protocols import refuse, unopenable
+from .redaction import shown_url, without_secrets
 
 CONNECT_S = 30.0  # a connection that takes longer is tried again
 MAX_WAIT_S = 60.0  # between two attempts
@@ -23,6 +28,11 @@ MAX_WAIT_S = 60.0  # between two attempts
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = (PermissionError, IsADirectoryError, NotADirectoryError)
 _DENIED_NAMES = {"NoCredentialsError", "PartialCredentialsError", "InvalidURL"}  # of botocore and aiohttp
+# What is the matter with one file or its address, so that the storage and all other files may be well.
+_FILE_FAULTS = (IsADirectoryError, NotADirectoryError, ValueError, NotImplementedError, zipfile.BadZipFile,
+                tarfile.TarError, zlib.error)  # fmt: skip
+_FILE_FAULT_NAMES = {"ParamValidationError"}  # of botocore: a bucket that cannot be called so
+_OF_THIS_MACHINE = ("file://", "local://", "memory://")
 _FINAL = {401, 403, 404, 405, 406, 410, 414, 416, 451}  # HTTP answers that another attempt does not change
 
 _random = random.SystemRandom()  # other in each fork, and the global random state is the user's
@@ -38,21 +48,6 @@ class GiveUpError(Exception):
 def disk_full(err: BaseException) -> bool:
     """Whether a local disk, quota or file size limit is exhausted."""
     return isinstance(err, OSError) and err.errno in _FULL
-
-
-# fsspec's own caches keep what they know as pickles in some versions, and references are templates that it renders.
-_REFUSED = ("filecache", "blockcache", "simplecache", "reference")
-
-
-def _refuse(url: str) -> None:
-    """Raise ConfigError for protocols by which a URL or its options could make something run."""
-    for part in url.split("::"):
-        protocol = part.partition("://")[0]
-        if protocol in _REFUSED:
-            raise ConfigError(
-                f"{url}: fsspec's {protocol} may run what its files or options hold, and is not used; name the storage "
-                "itself, the loader has a cache of its own (cache_dir)."
-            )
 
 
 @dataclass(frozen=True)
@@ -80,26 +75,35 @@ class Remote:
             )
 
     def filesystem(self, url: str) -> tuple[Any, str]:
-        """The fsspec file system of `url` and the path in it. Raises ConfigError for an unknown or missing one."""
+        """The fsspec file system of `url` and the path in it. Some kinds connect for this.
+
+        Raises:
+            ConfigError: it is unknown, not installed, or does not take these options.
+            FileNotFoundError, ShardError: as `call` does.
+        """
         import fsspec
 
-        _refuse(url)
+        refuse(url)
         options = dict(self.storage_options)
         protocol = url.partition("://")[0]
         is_s3 = protocol in ("s3", "s3a")
-        try:
-            if protocol in ("http", "https") and "client_kwargs" not in options:
-                options["client_kwargs"] = _http_limits(self.stall_s)
-            own_retries = is_s3 and "config_kwargs" not in options
-            if own_retries:
-                options["config_kwargs"] = {
-                    "connect_timeout": min(CONNECT_S, self.stall_s),
-                    "read_timeout": self.stall_s,
-                    "retries": {"total_max_attempts": 1},
-                }
-            fs, path = fsspec.core.url_to_fs(url, **options)
-        except (ValueError, ImportError, TypeError) as err:
-            raise ConfigError(f"{url} cannot be opened by fsspec ({err}): check protocol and options") from err
+        own_retries = is_s3 and "config_kwargs" not in options
+
+        def make() -> tuple[Any, str]:
+            try:
+                if protocol in ("http", "https") and "client_kwargs" not in options:
+                    options["client_kwargs"] = _http_limits(self.stall_s)
+                if own_retries:
+                    options["config_kwargs"] = {
+                        "connect_timeout": min(CONNECT_S, self.stall_s),
+                        "read_timeout": self.stall_s,
+                        "retries": {"total_max_attempts": 1},
+                    }
+                return fsspec.core.url_to_fs(url, **options)
+            except (ValueError, ImportError, TypeError) as err:
+                raise unopenable(url, err) from err
+
+        fs, path = self.call(url, make)
         if own_retries:
             fs.retries = 1  # retries inside of retries multiply: a stalled server would hold us for an hour
         return fs, path
@@ -109,11 +113,13 @@ class Remote:
 
         Raises:
             FileNotFoundError: what `url` names does not exist.
-            ShardError: access denied, or it failed `attempts` times.
+            StorageError: it refuses, or failed `attempts` times.
+            ShardError: this one file cannot be had, whatever the state of the storage.
             OSError: the local disk is full (`disk_full`).
         """
         from tenacity import Retrying, retry_if_exception, stop_after_attempt
 
+        name = shown_url(url)
         retrying = Retrying(
             stop=stop_after_attempt(self.attempts),
             wait=lambda state: (
@@ -122,9 +128,9 @@ class Remote:
             retry=retry_if_exception(_may_change),
             before_sleep=lambda state: log.warning(
                 "%s could not be %s (%s), trying again",
-                url,
+                name,
                 doing,
-                _told(state.outcome.exception() if state.outcome else None),
+                _told(state.outcome.exception() if state.outcome else None, url),
             ),
             reraise=True,
         )
@@ -135,12 +141,13 @@ class Remote:
         except Exception as err:  # each fsspec backend raises its own kinds
             if disk_full(err):
                 raise
+            kind = ShardError if _is_of_the_file(url, err) else StorageError
             if _denied(err):
                 verb = "read" if doing == "fetched" else doing
-                raise ShardError(f"{url} cannot be {verb} ({_told(err)}): check access rights") from err
+                raise kind(f"{name} cannot be {verb} ({_told(err, url)}): check access rights") from err
             tries = f" in {self.attempts} attempts" if _may_change(err) else ""
-            raise ShardError(
-                f"{url} could not be {doing}{tries} ({_told(err)}): check the network, the storage and its index"
+            raise kind(
+                f"{name} could not be {doing}{tries} ({_told(err, url)}): check the network, the storage and its index"
             ) from err
 
     def read_small(self, url: str, parse: Callable[[bytes], P]) -> P | None:
@@ -149,9 +156,9 @@ class Remote:
         What `parse` refuses with a ShardError is read once more, because a body that was cut on its way under a
         wrong length looks like a damaged file.
         """
-        fs, path = self.filesystem(url)
 
         def fetch() -> bytes:
+            fs, path = self.filesystem(url)
             return self.call(url, lambda: fs.cat_file(path))
 
         try:
@@ -165,9 +172,9 @@ class Remote:
 
     def size(self, url: str) -> int | None:
         """Bytes of a remote file; None where the server does not say. Raises ShardError when it is not there."""
-        fs, path = self.filesystem(url)
 
         def ask() -> int | None:
+            fs, path = self.filesystem(url)
             fs.invalidate_cache()  # a listing from before may speak of an older version
             size = fs.info(path).get("size")
             return None if size is None else int(size)
@@ -179,9 +186,9 @@ class Remote:
 
     def glob(self, pattern: str) -> dict[str, int | None]:
         """URLs that match, sorted, with their sizes where the storage tells them; {} where there is no such place."""
-        fs, path = self.filesystem(pattern)
 
         def ask() -> dict[str, int | None]:
+            fs, path = self.filesystem(pattern)
             fs.invalidate_cache()
             found = fs.glob(path, detail=True)
             return {fs.unstrip_protocol(name): found[name].get("size") for name in sorted(found)}
@@ -196,9 +203,9 @@ def missing(url: str) -> ShardError:
     """The error for a shard that is not there."""
     if url.startswith("memory://"):
         return ShardError(
-            f"shard {url} does not exist in this process: memory:// is each process's own, use num_workers=0"
+            f"shard {shown_url(url)} does not exist in this process: memory:// is each process's own, use num_workers=0"
         )
-    return ShardError(f"shard {url} does not exist: check the address")
+    return ShardError(f"shard {shown_url(url)} does not exist: check the address")
 
 
 def _http_limits(stall_s: float) -> dict[str, Any]:
@@ -246,6 +253,18 @@ def _may_change(err: BaseException) -> bool:
     return not (_status(err) in _FINAL or _denied(err) or disk_full(err))
 
 
-def _told(err: BaseException | None) -> str:
-    text = str(err)
+def _is_of_the_file(url: str, err: BaseException) -> bool:
+    """Whether the error says something about this one file or address, rather than about the storage's state."""
+    if _status(err) in (401, 403):
+        return False
+    return (
+        isinstance(err, _FILE_FAULTS)
+        or type(err).__name__ in _FILE_FAULT_NAMES
+        or _status(err) in _FINAL
+        or url.rpartition("::")[2].startswith(_OF_THIS_MACHINE)
+    )
+
+
+def _told(err: BaseException | None, url: str) -> str:
+    text = without_secrets(str(err), url)
     return f"{type(err).__name__}: {text}" if text else type(err).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -125,16 +126,57 @@ def test_copied_clips_begin_at_key_frames_and_end_there_or_at_the_end(case: Case
 
 @given(HELD_OUT)
 def test_nothing_that_is_trained_on_touches_what_is_held_out_or_its_gap(case: Case) -> None:
-    source, info, _, options = case
+    _, info, _, options = case
     result = cut(*case)
     train, val = ([clip for split, clip in result.clips if split == name] for name in ("train", "val"))
     assert len(train) + len(val) == len(result.clips)
     if train and val:
         assert max(clip.end for clip in train) <= min(clip.start for clip in val) - options.cutting.val_gap + EPSILON
         assert not {f for c in train for f in frames_of(c, info)} & {f for c in val for f in frames_of(c, info)}
-    start, end = source.start or 0.0, min(info.duration, info.duration if source.end is None else source.end)
     for clip in val:
-        assert clip.start >= start + (end - start) * (1.0 - options.cutting.val_tail) - EPSILON
+        assert clip.start >= info.duration * (1.0 - options.cutting.val_tail) - EPSILON
+
+
+@given(HELD_OUT, st.lists(st.tuples(st.floats(0.0, 0.99), st.floats(0.01, 1.0)), min_size=1, max_size=6), st.booleans())
+def test_parts_of_one_video_agree_on_what_is_held_out(
+    case: Case, shares: list[tuple[float, float]], whole: bool
+) -> None:
+    _, info, scenes, options = case
+    rows = [replace(SOURCE, start=a * info.duration, end=min(1.0, a + b) * info.duration) for a, b in shares]
+    rows += [SOURCE] * whole
+    clips = [clip for row in rows for clip in cut(row, info, scenes, options, shared=True).clips]
+    train, val = ([clip for split, clip in clips if split == name] for name in ("train", "val"))
+    if train and val:
+        assert max(clip.end for clip in train) <= min(clip.start for clip in val) - options.cutting.val_gap + EPSILON
+        assert not {f for c in train for f in frames_of(c, info)} & {f for c in val for f in frames_of(c, info)}
+    border = info.duration * (1.0 - options.cutting.val_tail)
+    for clip in train:
+        assert clip.end <= border - options.cutting.val_gap + EPSILON
+    for clip in val:
+        assert clip.start >= border - EPSILON
+
+
+def test_the_held_out_tail_is_that_of_the_video_and_not_of_a_row() -> None:
+    options = ShardOptions(cutting=Cutting(clip_seconds=0.2, val_tail=0.3))
+    info = video(50)  # 2 s, of which the last 0.6 are held out
+    rows = {name: replace(SOURCE, start=a, end=b) for name, a, b in (("one", 0.0, 1.2), ("two", 0.8, 2.0))}
+    assert {split for split, _ in cut(rows["one"], info, (), options).clips} == {"train"}
+    two = cut(rows["two"], info, (), options)
+    assert [(split, clip.start) for split, clip in two.clips] == [
+        ("train", 0.8), ("train", 1.0), ("train", 1.2), ("val", 1.4), ("val", 1.6), ("val", 1.8),
+    ]  # fmt: skip
+    behind = cut(replace(SOURCE, start=1.5), info, (), ShardOptions(cutting=Cutting(1.0, val_tail=0.3)))
+    assert [(split, clip.start, clip.end) for split, clip in behind.clips] == [("val", 1.5, 2.0)]
+
+
+def test_a_whole_video_loses_no_clip_at_the_border_and_a_row_the_one_across_it() -> None:
+    options = ShardOptions(cutting=Cutting(clip_seconds=4.0, val_tail=0.3))
+    assert [(split, clip.start) for split, clip in cut(SOURCE, video(), (), options).clips] == [
+        ("train", 0.0), ("train", 4.0), ("val", 8.0),
+    ]  # fmt: skip
+    shared = cut(SOURCE, video(), (), options, shared=True)
+    assert [(split, clip.start) for split, clip in shared.clips] == [("train", 0.0), ("val", 8.0)]
+    assert shared.dropped == {"in the gap before the held-out part": 1}
 
 
 @given(st.one_of(PLAIN, STRIDE))

@@ -119,7 +119,7 @@ def test_keys_are_unique_and_kept_where_nobody_shares_them(rows: list[tuple[str,
     with tempfile.TemporaryDirectory() as folder, PlanStore.create(Path(folder, "plan"), {}) as plan:
         plan.add_inputs(inputs)
         found = [(each.key, inputs[number].key) for number, each in plan.sample(len(inputs))]
-    assert len({key for key, _ in found}) == len(found) == len({(name, start) for _, name, start in rows})
+    assert len({key for key, _ in found}) == len(found) == len(set(rows))
     wanted = Counter(key for _, key in found)
     for key, asked in found:
         assert key.startswith(asked)
@@ -134,6 +134,31 @@ def test_what_is_named_twice_is_a_duplicate_of_the_first(tmp_path: Path) -> None
             {"source": "a.mp4", "rule": "named twice", "of": "a.mp4"},
         ]
         assert plan.accounts([]).duplicates == 2
+
+
+def test_other_texts_and_keys_of_one_part_are_inputs_of_their_own(tmp_path: Path) -> None:
+    first = source("a.mp4", start=1.0, text="a dog")
+    inputs = [
+        first, replace(first, text="a cat"), replace(first, key="mine"), replace(first, key="mine", text="a cat"),
+        replace(first, path="/videos/./a.mp4", source="/videos/a.mp4", key="videos_a"), first,
+    ]  # fmt: skip
+    with plan_of(tmp_path / "all", inputs, ShardOptions()) as plan:
+        assert [entry["rule"] for entry in plan.left_out()] == ["named twice", "named twice"]
+        assert (plan.num_usable, plan.num_to_probe, plan.accounts([]).sampled) == (4, 1, 4)
+        clips = [clip for clip, _ in plan.clips_of("", 0)]
+        assert [clip.source.text for clip in clips] == ["a dog", "a cat", "a dog", "a cat"]
+        assert len({clip.key for clip in clips}) == 4
+    with plan_of(tmp_path / "no copies", inputs, ShardOptions(drop_duplicates=True)) as plan:
+        assert Counter(entry["rule"] for entry in plan.left_out()) == {"named twice": 2, "same pictures": 3}
+        assert [clip.source.text for clip, _ in plan.clips_of("", 0)] == ["a dog"]
+
+
+def test_an_address_is_one_input_where_its_key_is_that_of_its_name(tmp_path: Path) -> None:
+    url = "s3://bucket/many/v.mp4"
+    by_name = Source(url, url, "many_v", size=10)  # as a manifest names it, and as a folder has it
+    with PlanStore.create(tmp_path / "plan", {}) as plan:
+        plan.add_inputs([by_name, Source(url, "v.mp4", "v", size=10), Source(url, url, "own", size=10)])
+        assert (plan.num_inputs, plan.num_usable) == (3, 2)
 
 
 def test_parts_of_one_video_are_probed_once_and_keep_their_own_texts(tmp_path: Path) -> None:
@@ -312,6 +337,46 @@ def test_held_out_videos_stay_so_when_others_come(tmp_path: Path) -> None:
     assert {f"part{n}" for n in range(5)} <= after["train"] or {f"part{n}" for n in range(5)} <= after["val"]
 
 
+def test_rows_of_one_video_go_the_same_way_however_they_name_it(tmp_path: Path) -> None:
+    options = ShardOptions(val_share=0.5, samples_per_shard=1000)
+
+    def rows(n: int) -> list[Source]:
+        names = (f"many/{n}.mp4", f"./many/{n}.mp4", f"/videos/many/{n}.mp4", f"many/../many/{n}.mp4")
+        row = source(f"many/{n}.mp4", size=n, version=str(n))
+        spelled = [replace(row, source=name, start=float(k), end=k + 1.0) for k, name in enumerate(names)]
+        paths = [f"/videos/{name}" if not name.startswith("/") else name for name in names]
+        return [
+            replace(each, path=path, version=str(k)) for k, (each, path) in enumerate(zip(spelled, paths, strict=True))
+        ]
+
+    def sides(name: str, inputs: list[Source]) -> dict[str, set[str]]:
+        """Of every path, the splits that its rows are in."""
+        found: dict[str, set[str]] = {}
+        with plan_of(tmp_path / name, inputs, options) as plan:
+            for split in ("train", "val"):
+                for clip, _ in plan.clips_of(split, 0):
+                    found.setdefault(os.path.normpath(clip.source.path), set()).add(split)
+        return found
+
+    first = sides("first", [rows(n)[0] for n in range(40)])
+    every = sides("every", [rows(n)[0] for n in range(40)] + [row for n in range(50) for row in rows(n)])
+    assert all(len(splits) == 1 for splits in every.values())
+    assert {path: every[path] for path in first} == first
+    assert set().union(*first.values()) == {"train", "val"}
+
+
+def test_the_tail_of_a_video_is_held_out_of_all_its_rows(tmp_path: Path) -> None:
+    options = ShardOptions(cutting=Cutting(clip_seconds=1.0, val_tail=0.25, val_gap=0.5), samples_per_shard=1000)
+    spans = [(None, None), (0.0, 6.0), (4.2, None), (6.3, 9.9), (None, 7.8)]
+    rows = [source("a.mp4", key=f"r{n}", start=a, end=b) for n, (a, b) in enumerate(spans)]
+    with plan_of(tmp_path / "rows", [*rows, source("b.mp4")], options) as plan:
+        train, val = ([clip for clip, _ in plan.clips_of(split, 0)] for split in ("train", "val"))
+    assert max(clip.end for clip in train if clip.source.source == "a.mp4") <= 7.0
+    assert min(clip.start for clip in val if clip.source.source == "a.mp4") >= 7.5
+    assert {clip.source.key for clip in val} >= {"r0", "r2", "r3"}
+    assert {clip.start for clip in val if clip.source.source == "b.mp4"} == {8.0, 9.0}
+
+
 def test_both_sides_of_a_split_exist_even_without_a_clip(tmp_path: Path) -> None:
     with plan_of(tmp_path / "plan", [source("a.mp4")], ShardOptions(val_share=1e-9)) as plan:
         assert plan.splits() == ["train", "val"]
@@ -408,6 +473,57 @@ def test_a_killed_plan_goes_on_and_ends_as_one_that_was_not(tmp_path: Path) -> N
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["whole", *plan_job.STEPS])
 
 
+def killed_plan(folder: Path) -> Path:
+    """A plan of which a transaction was half written, with the journal that undoes it."""
+    plan_of(folder / "whole", [source("a.mp4")], ShardOptions()).__exit__(None, None, None)
+    db = sqlite3.connect(folder / "whole", isolation_level=None)
+    db.execute("PRAGMA cache_size = 1")
+    db.execute("BEGIN")
+    db.executemany("INSERT INTO dropped VALUES (?, 1)", ((f"rule {n}",) for n in range(5000)))
+    path = folder / "plan"
+    for suffix in ("", "-journal"):  # as a kill leaves them
+        shutil.copy(f"{folder / 'whole'}{suffix}", f"{path}{suffix}")
+    db.execute("ROLLBACK")
+    db.close()
+    assert path.read_bytes() != (folder / "whole").read_bytes()
+    return path
+
+
+def test_reading_a_plan_undoes_first_what_a_killed_process_had_half_written(tmp_path: Path) -> None:
+    path = killed_plan(tmp_path)
+    with PlanStore.open(path, readonly=True) as plan:
+        assert plan.accounts([]).clips_dropped == {}
+    assert contents(path) == contents(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["plan", "whole"]
+
+
+def test_a_half_written_plan_that_cannot_be_put_right_names_the_command_that_does() -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
+        folder = Path(name)
+        path = killed_plan(folder)
+        said = folder / "said"
+        said.touch()
+        for each, mode in ((path, 0o444), (Path(f"{path}-journal"), 0o444), (said, 0o666), (folder, 0o555)):
+            each.chmod(mode)
+        child = os.fork()
+        if child == 0:  # a process that must not write there, as on a file system mounted for reading only
+            try:
+                if os.geteuid() == 0:
+                    os.setuid(65534)
+                PlanStore.open(path, readonly=True)
+            except ShardError as err:
+                said.write_text(str(err))
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        folder.chmod(0o755)
+        for words in (f"plan {path} was left half written", "`framestream shard INPUTS --output OUTPUT`"):
+            assert words in said.read_text()
+        path.chmod(0o644)
+        with PlanStore.open(path) as plan:  # which needs no more than the right to write
+            assert plan.accounts([]).clips_dropped == {}
+
+
 def test_a_finished_plan_is_one_file_that_can_be_read_elsewhere(tmp_path: Path) -> None:
     inputs = [source("a.mp4"), source("b.mp4")]
     with plan_of(tmp_path / "plan", inputs, ShardOptions()) as plan:
@@ -453,9 +569,9 @@ def test_files_that_are_no_plan_of_this_version_are_named(tmp_path: Path) -> Non
     path.unlink()
     PlanStore.create(path, {}).__exit__(None, None, None)
     with sqlite3.connect(path) as db:
-        db.execute("PRAGMA user_version = 3")
+        db.execute("PRAGMA user_version = 2")
     db.close()
-    with pytest.raises(ShardError, match="has version 3, this framestream reads version 2"):
+    with pytest.raises(ShardError, match="has version 2, this framestream reads version 3"):
         PlanStore.open(path)
 
 
@@ -476,6 +592,26 @@ def test_a_damaged_plan_is_said_to_be_one_and_gives_no_other_error(tmp_path: Pat
             errors.append(str(err))
     assert len(errors) >= (20 if damage == "short" else 5)  # what is in a cell can be overwritten unnoticed
     assert all(str(path) in error for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("DELETE FROM verdicts WHERE number = 1", "it has 2 inputs and verdicts on 1"),
+        ("DELETE FROM clips WHERE input = 1", "its inputs have 6 clips, its shards 6, and 3 are there"),
+        ("UPDATE shards SET num_clips = 2", "its inputs have 6 clips, its shards 2, and 6 are there"),
+    ],
+)
+def test_a_plan_that_does_not_add_up_is_damaged(tmp_path: Path, change: str, words: str) -> None:
+    options = ShardOptions(cutting=Cutting(clip_seconds=4.0))
+    plan_of(tmp_path / "plan", [source("a.mp4"), source("b.mp4")], options).__exit__(None, None, None)
+    with sqlite3.connect(tmp_path / "plan") as db:
+        db.execute(change)
+    db.close()
+    with PlanStore.open(tmp_path / "plan", readonly=True) as plan, pytest.raises(ShardError) as caught:
+        plan.accounts([])
+    for part in (str(tmp_path / "plan"), "is damaged", words, "begin anew"):
+        assert part in str(caught.value)
 
 
 def read_all(path: Path) -> None:

@@ -130,7 +130,7 @@ def test_what_is_stored_is_kept_and_the_rest_made(storage: Storage, reference: d
 
 def test_storage_that_stays_away_is_a_sentence(storage: Storage) -> None:
     storage.proxy.inject("clips-000000.tar", "503", 1000, method="PUT")
-    with pytest.raises(ShardError, match=r"clips-000000\.tar could not be written in 4 attempts"):
+    with pytest.raises(ShardError, match=r"clips-000000\.tar could not be written in 8 attempts"):
         build_shards([storage.url], out_of(storage), OPTIONS, workers=1, storage_options=storage.options)
     assert "report.json" not in stored(storage)
 

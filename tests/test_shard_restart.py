@@ -88,8 +88,8 @@ def test_whatever_is_lost_is_made_again(videos: Path, out: Path, copies: dict[st
     if loss == "cut":
         os.truncate(second, 1000)
     if loss == "leftovers":
-        (out / ".clips-000003.tar.123.tmp").write_bytes(b"half")
-        (out / "clips-000099.tar").write_bytes(b"what")
+        (out / ".clips-000003.tar.123-4-5af0.tmp").write_bytes(b"half")
+        (out / ".index.json.123-4-5af0.tmp").write_bytes(b"half")
     if loss == "folder index":
         (out / "index.json").unlink()
         (out / "report.json").unlink()
@@ -122,22 +122,44 @@ def test_a_shard_with_a_damaged_note_is_made_again(
     assert tree(out) == copies
 
 
+OWN = {"clips-001.mov": b"1", "clips-000000.tar.bak": b"3", "clips-1/x.txt": b"4", "clips-000000-notes.idx.json": b"5",
+       ".editor.tmp": b"6", "notes.tmp": b"7"}  # fmt: skip
+
+
+def put(folder: Path, files: dict[str, bytes]) -> None:
+    for path, data in files.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_bytes(data)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_the_users_files_in_the_output_stay(videos: Path, out: Path, copies: dict[str, bytes], overwrite: bool) -> None:
-    own = {"clips-001.mov": b"1", "clips-2023.tar": b"2", "clips-000000.tar.bak": b"3", "clips-1/x.txt": b"4",
-           "clips-000000-notes.idx.json": b"5", "my-clips-000000.tar": b"6"}  # fmt: skip
-    (out / "clips-1").mkdir()
-    for path, data in own.items():
-        (out / path).write_bytes(data)
+    put(out, OWN)
     for path in out.glob("clips-00000[12].tar"):
         path.unlink()
-    if overwrite:  # removes what is ours, and does not begin anew beside the tar that is not
-        with pytest.raises(ConfigError, match=r"clips-2023\.tar from elsewhere"):
-            build_shards([str(videos)], out, COPIES, workers=1, overwrite=True)
-        assert tree(out) == own
-    else:
+    build_shards([str(videos)], out, COPIES, workers=1, overwrite=overwrite)  # nothing has changed: both go on
+    assert tree(out) == {**copies, **OWN}
+    if overwrite:
+        build_shards([str(videos)], out, OPTIONS, workers=1, overwrite=True)
+        assert {name: data for name, data in tree(out).items() if name in OWN} == OWN
+        assert (out / "clips-000003.tar").exists()
+
+
+def test_nothing_is_removed_where_overwriting_is_impossible(videos: Path, out: Path, copies: dict[str, bytes]) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        build_shards([str(videos / "nothing")], out, COPIES, workers=1, overwrite=True)
+    assert tree(out) == copies
+    put(out, {"clips-2023.tar": b"2"})
+    with pytest.raises(ConfigError, match=r"clips-2023\.tar from elsewhere"):
+        build_shards([str(videos)], out, OPTIONS, workers=1, overwrite=True)
+    assert tree(out) == {**copies, "clips-2023.tar": b"2"}
+
+
+def test_a_shard_that_nobody_planned_is_no_part_of_the_set(videos: Path, out: Path) -> None:
+    put(out, {"clips-000099.tar": b"precious"})
+    with pytest.raises(ConfigError, match=r"clips-000099\.tar, which is not in its plan"):
         build_shards([str(videos)], out, COPIES, workers=1)
-        assert tree(out) == {**copies, **own}
+    assert (out / "clips-000099.tar").read_bytes() == b"precious"
 
 
 def command(videos: Path, out: Path, *more: str) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from framestream.pipeline.decode import open_decoder
-from framestream.pipeline.errors import ConfigError, SampleError
+from framestream.pipeline.errors import ConfigError, SampleError, StorageError
 from framestream.pipeline.probe import probe_video
 from framestream.pipeline.remote import Remote
 from framestream.tools import source_file
@@ -236,11 +236,11 @@ def test_faults_on_the_way_do_not_show(storage: Storage, clip: bytes, fault: str
         assert bytes(file.data) == clip
 
 
-def test_a_server_that_is_gone_costs_the_sample(storage: Storage) -> None:
+def test_a_server_that_is_gone_is_no_fault_of_the_sample(storage: Storage) -> None:
     remote = remote_of(storage)
     source = source_of(f"{storage.url}/v.mp4", remote)
     storage.proxy.inject("v.mp4", "503", 99)
-    with pytest.raises(SampleError, match=r"v\.mp4 cannot be read .* in 4 attempts"), opened(source, remote):
+    with pytest.raises(StorageError, match=r"v\.mp4 could not be fetched in 4 attempts"), opened(source, remote):
         pass
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -85,6 +86,7 @@ def cut(
     options: ShardOptions,
     split: str = "",
     times: Callable[[], np.ndarray] | None = None,
+    shared: bool = False,
 ) -> Cut:
     """Cut one source.
 
@@ -96,6 +98,7 @@ def cut(
         scenes: first frame of every scene but the first, rising; looked at only where `scene_threshold` is set.
         split: of all clips; with `val_tail` they are "train" or "val" instead.
         times: gives `info.times()`, for callers that cut many parts of one long video; None to ask `info`.
+        shared: other sources are parts of the same video, so `val_tail` holds out its end for all of them alike.
     """
     result = Cut()
     result.rejected = not_in(source, info)
@@ -127,7 +130,11 @@ def cut(
             clips.append(Clip(source, key, _rounded(piece.start), _rounded(piece.end), frames))
         else:
             result.dropped[NO_FRAME] += 1
-    result.clips = _held_out(clips, start, end, cutting, split, result.dropped)
+    if cutting.val_tail:
+        border = _border(clips, info, cutting, moved=whole and not shared)
+        result.clips = _held_out(clips, border, cutting.val_gap, result.dropped)
+    else:
+        result.clips = [(split, clip) for clip in clips]
     return result
 
 
@@ -217,23 +224,26 @@ def _rounded(seconds: float) -> float:
     return round(seconds, 6)
 
 
-def _held_out(
-    clips: Sequence[Clip], start: float, end: float, cutting: Cutting, split: str, dropped: Counter[str]
-) -> list[tuple[str, Clip]]:
-    """Each clip with its split; those in the gap are dropped.
+def _border(clips: Sequence[Clip], info: VideoInfo, cutting: Cutting, *, moved: bool) -> float:
+    """Where the held-out part of a video begins, in seconds.
 
-    The held-out part begins with the first clip inside the last `val_tail` of the source, so that no clip but
-    those in the gap is lost to it.
+    That is a share of the video and not of a row's part of it: parts that overlap have to agree. In a video that is
+    cut once, as a whole, it is `moved` on to the next clip, so that no clip but those in the gap is lost to it.
     """
-    if not cutting.val_tail:
-        return [(split, clip) for clip in clips]
-    border = start + (end - start) * (1.0 - cutting.val_tail)
-    border = min((clip.start for clip in clips if clip.start >= border - _EPSILON), default=end + cutting.val_gap)
+    border = _rounded(info.duration * (1.0 - cutting.val_tail))
+    if moved:
+        return min((clip.start for clip in clips if clip.start >= border), default=math.inf)
+    return border
+
+
+def _held_out(clips: Sequence[Clip], border: float, gap: float, dropped: Counter[str]) -> list[tuple[str, Clip]]:
+    """Each clip with its split; those in the gap, or across the border, are dropped."""
+    last = _rounded(border - gap)
     placed = []
     for clip in clips:
-        if clip.start >= border - _EPSILON:
+        if clip.start >= border:
             placed.append(("val", clip))
-        elif clip.end <= border - cutting.val_gap + _EPSILON:
+        elif clip.end <= last:
             placed.append(("train", clip))
         else:
             dropped[GAP] += 1

@@ -40,8 +40,8 @@ def filtered(info: VideoInfo, source: Source, filters: Filters) -> Filtered | No
 
 
 def held_out(source_name: str, share: float) -> bool:
-    """Whether a video is held out, by a hash of its name alone: other inputs never move it, and a larger share
-    holds out the same videos and more."""
+    """Whether a video is held out, by a hash of its name alone, the one by which it came first: other videos never
+    move it, and a larger share holds out the same videos and more."""
     digest = hashlib.sha256(source_name.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2.0**64
 

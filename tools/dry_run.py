@@ -43,7 +43,7 @@ class Forecast:
     Attributes:
         inputs: that were listed.
         unusable: of these, known without looking into them (no such file, a row without a path).
-        named_twice: of these, the same video and time as an earlier one.
+        named_twice: of these, the same as an earlier one: video, times, text and key.
         sampled_sources, sampled_clips: what the estimates rest on.
         rejected, filtered: inputs, `filtered` by rule. Duplicates by content cannot be seen in a sample.
         clips, shards, seconds, num_bytes: of the result.
@@ -80,7 +80,7 @@ class Forecast:
             f"  {self.rejected} inputs rejected, {sum(self.filtered.values())} filtered"
             + (f" ({', '.join(f'{n} by {rule}' for rule, n in self.filtered.items())})" if self.filtered else ""),
             f"  {self.clips} clips, {in_words(self.seconds)} of video, in {self.shards} shards of together "
-            f"{self.num_bytes / 1e9:.3g} GB",
+            f"{_size(self.num_bytes)}",
             f"  about {in_words(self.probing_s)} to probe and {in_words(self.making_s)} to make them "
             f"with {self.workers} processes on this machine",
         ]
@@ -113,7 +113,8 @@ def dry_run(
                 raise ConfigError(nothing_found(inputs, other_files))
             everything.check_splits(options)
             sample = [source for _, source in everything.sample(SAMPLED_SOURCES)]
-            found, unusable, to_probe = everything.num_inputs, everything.num_rejected, everything.num_to_probe
+            found, unusable, usable = everything.num_inputs, everything.num_rejected, everything.num_usable
+            to_probe = everything.num_to_probe
         with PlanStore.create(Path(folder, "sample" + PLAN_FILE), {}) as plan:
             plan.add_inputs(sample)
             probed = _probe(plan, options, workers, timeout_s, remote, progress)
@@ -123,7 +124,7 @@ def dry_run(
             planned_s = sum(
                 clip.end - clip.start for s in plan.shards() for clip, _ in plan.clips_of(s.split, s.number)
             )
-    scale = to_probe / max(1, len(sample))
+    scale = usable / max(1, len(sample))  # inputs; of videos there are fewer, where rows take parts of them
     planned, kept = scale * accounts.clips_planned, 1 - made.lost / max(1, made.count)
     clips = planned * kept
     num_bytes = clips * made.num_bytes / max(1, made.count - made.lost)
@@ -131,7 +132,7 @@ def dry_run(
     return Forecast(
         inputs=found,
         unusable=unusable,
-        named_twice=found - unusable - to_probe,
+        named_twice=found - unusable - usable,
         other_files=dict(other_files),
         sampled_sources=len(sample),
         sampled_clips=made.count,
@@ -146,6 +147,13 @@ def dry_run(
         workers=workers,
         reasons=dict((probed.reasons + made.reasons).most_common(5)),
     )
+
+
+def _size(num_bytes: int) -> str:
+    """Bytes with three digits: `1.23 GB`, `45.6 MB`."""
+    unit, size = ("TB", 1e12) if num_bytes >= 1e12 else ("GB", 1e9) if num_bytes >= 1e9 else ("MB", 1e6)
+    value = num_bytes / size
+    return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
 def _counted(items: Iterable[Source | Unusable], progress: Progress) -> Iterator[Source | Unusable]:
@@ -184,7 +192,7 @@ def _probe(
             seen.count += 1
             if isinstance(result, Failure):
                 plan.record(probe.number, result.reason)
-                seen.fail(result.reason)
+                seen.fail(naming_once(result.reason, probe.task.source.source))
             else:
                 plan.record(probe.number, result[1])
                 seen.took_s += result[0]
@@ -208,10 +216,10 @@ def _make(
     units = units_of(plan, plan.shards(), options, remote)
     tasks = [t for i, t in enumerate(chain.from_iterable(unit.tasks for unit in units)) if i in wanted]
     with WorkerPool(timed_make, workers=workers, timeout_s=timeout_s) as pool:
-        for _, result in pool.map(tasks):
+        for task, result in pool.map(tasks):
             seen.count += 1
             if isinstance(result, Failure):
-                seen.fail(result.reason)
+                seen.fail(naming_once(result.reason, task.clip.source.source))
             else:
                 seen.took_s += result[0]
                 seen.num_bytes += result[1]
@@ -219,9 +227,15 @@ def _make(
     return seen
 
 
+def naming_once(reason: str, name: str) -> str:
+    """A reason that names its source once: those who look into a file and those who fetch it both do."""
+    head, found, rest = reason.partition(name)
+    return head + found + rest.replace(f"{name}: ", "").replace(f"{name} ", "")
+
+
 def timed_make(task: ClipTask) -> tuple[float, int]:
     """Seconds, and bytes of the sample."""
     began = time.monotonic()
     made = make_clip(task)
-    size = made.whole[1].size if made.whole else 0
-    return time.monotonic() - began, size + sum(map(len, made.members.values()))
+    size = made.whole.source.size if made.whole else 0
+    return time.monotonic() - began, size + made.num_bytes()

@@ -27,25 +27,32 @@ class NumberedProbe:
 
 
 class Engine(Protocol):
-    """Runs both phases. Use it in a `with`; results come in any order but those of one unit."""
+    """Runs both phases; results come in any order but those of one unit. `close` ends it."""
 
-    def __enter__(self) -> Engine: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-    def probe(self, probes: Iterable[NumberedProbe]) -> Iterator[tuple[int, Probed | str]]:
-        """Number and outcome, or why the source is rejected, of each probe."""
+    def probe(self, probes: Iterable[NumberedProbe]) -> Iterator[tuple[int, Probed | Failure]]:
+        """Number and outcome of each probe."""
 
     def write(self, units: Iterable[Unit], output: Output) -> Iterator[Step]:
         """Make units; see `write_units`."""
 
+    def close(self) -> None:
+        """Give back what the engine holds; it may be used again."""
 
-def open_engine(name: EngineName, *, workers: int, timeout_s: float, ray_address: str | None = None) -> Engine:
+
+def open_engine(
+    name: EngineName,
+    *,
+    workers: int,
+    timeout_s: float,
+    ray_address: str | None = None,
+    reject_unfetched: bool = False,
+) -> Engine:
     """The engine of that name.
 
     Args:
         workers: processes of this machine; 0 takes one per CPU core. On Ray: tasks at a time; 0 takes what there is.
         timeout_s: for one clip.
+        reject_unfetched: clips whose source cannot be fetched are lost; otherwise their shard is left for later.
 
     Raises:
         ConfigError: the name is unknown, a number is impossible, or Ray is not installed or not to be reached.
@@ -53,11 +60,11 @@ def open_engine(name: EngineName, *, workers: int, timeout_s: float, ray_address
     if workers < 0 or timeout_s <= 0:
         raise ConfigError(f"workers and timeout have to be positive, got {workers} and {timeout_s:g}")
     if name == "local":
-        return LocalEngine(workers or os.cpu_count() or 1, timeout_s)
+        return LocalEngine(workers or usable_cores(), timeout_s, reject_unfetched)
     if name == "ray":
         from .ray_engine import RayEngine
 
-        return RayEngine(workers, timeout_s, ray_address)
+        return RayEngine(workers, timeout_s, ray_address, reject_unfetched)
     raise ConfigError(f"engine is {name!r}, it has to be local or ray")
 
 
@@ -67,21 +74,30 @@ class LocalEngine:
 
     workers: int
     timeout_s: float
+    reject_unfetched: bool = False
 
-    def __enter__(self) -> LocalEngine:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        return
-
-    def probe(self, probes: Iterable[NumberedProbe]) -> Iterator[tuple[int, Probed | str]]:
+    def probe(self, probes: Iterable[NumberedProbe]) -> Iterator[tuple[int, Probed | Failure]]:
         with WorkerPool(probe_numbered, workers=self.workers, timeout_s=max(PROBE_TIMEOUT_S, self.timeout_s)) as pool:
             for probe, result in pool.map(probes):
-                yield probe.number, result.reason if isinstance(result, Failure) else result
+                yield probe.number, result
 
     def write(self, units: Iterable[Unit], output: Output) -> Iterator[Step]:
-        return write_units(units, output, workers=self.workers, timeout_s=self.timeout_s)
+        return write_units(
+            units,
+            output,
+            workers=self.workers,
+            timeout_s=self.timeout_s,
+            reject_unfetched=self.reject_unfetched,
+        )
+
+    def close(self) -> None:
+        """Its processes end with their step."""
 
 
 def probe_numbered(probe: NumberedProbe) -> Probed:
     return probe_source(probe.task)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import NamedTuple
 
-from .trees import Listing, Tree, Unusable, readable
+from .trees import Listing, Tree, Unusable
 
 MAX_DEPTH = 100  # of folders in each other: web servers follow links in a circle for ever
 
@@ -56,6 +56,7 @@ def matching(tree: Tree, root: Folder, pattern: Sequence[str]) -> Iterator[File 
     `**` stands for any number of levels. What is not there is passed over.
 
     Raises:
+        OSError: the folder that the input begins with cannot be listed.
         ShardError: remote storage does not answer.
     """
     try:
@@ -68,7 +69,9 @@ def matching(tree: Tree, root: Folder, pattern: Sequence[str]) -> Iterator[File 
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as err:
-        yield Unusable(root.relative or readable(root.path), str(err.strerror or err))
+        if not root.relative:
+            raise
+        yield Unusable(root.relative, str(err.strerror or err))
 
 
 def _anywhere(tree: Tree, root: Folder, pattern: Sequence[str]) -> Iterator[File | Unusable]:

@@ -22,15 +22,17 @@ from pathlib import Path
 from typing import Any
 
 from framestream.pipeline.errors import ConfigError, ShardError
+from framestream.pipeline.protocols import check_protocol
+from framestream.pipeline.redaction import shown_url, without_secrets
 from framestream.pipeline.remote import Remote
 from framestream.pipeline.shard_paths import SHELL_OPENER, is_url
 from framestream.pipeline.shards import VIDEO_EXTENSIONS
 
 from .folders import File, Folder, matching, walk
 from .manifests import MANIFESTS, manifest_rows
-from .source_file import stat_remote
+from .source_file import MAX_TEXT_BYTES, stat_remote
 from .trees import LocalTree, RemoteTree, Tree, Unusable, local_version, readable
-from .urls import denied, is_web, local_path, path_in, relative_url, split_pattern, suffix, without_secrets
+from .urls import denied, is_web, local_path, path_in, relative_url, split_pattern, suffix
 
 COLUMNS = ("path", "text", "key", "split", "start", "end")  # of a manifest; all others go to `user`
 _SLUG_LENGTH = 60
@@ -108,7 +110,7 @@ class _Lister:
         self.protocols: set[str] = set()  # of URLs in manifests, those that were found to be usable
 
     def local_input(self, text: str) -> Iterator[Source | Unusable]:
-        path = os.path.expanduser(local_path(text))
+        path = os.path.abspath(os.path.expanduser(local_path(text)))  # for workers and runs in other folders
         if os.path.isdir(path):
             yield from self._folder(LocalTree(), path)
         elif suffix(path) in MANIFESTS and os.path.isfile(path):
@@ -140,11 +142,16 @@ class _Lister:
         except FileNotFoundError as err:
             raise _missing(path) from err
         except OSError as err:
-            raise ConfigError(f"input {path} cannot be listed ({err.strerror or err}): check access rights") from err
+            raise ConfigError(
+                f"input {shown_url(path)} cannot be listed ({err.strerror or err}): check access rights"
+            ) from err
 
     def _matches(self, text: str, tree: Tree, base: str, pattern: Sequence[str]) -> Iterator[Source | Unusable]:
         files = matching(tree, Folder(base), [part for part in pattern if part]) if pattern else iter(())
-        first = next(files, None)
+        try:
+            first = next(files, None)
+        except OSError as err:
+            raise ConfigError(f"input {shown_url(text)} cannot be listed ({err.strerror or err})") from err
         if first is None:
             raise _missing(text)
         yield from self._videos(chain([first], files))
@@ -200,12 +207,12 @@ class _Lister:
         for number, row in manifest_rows(path, suffix(path), self.remote):
             where = f"{readable(name)} row {number}"
             if isinstance(row, str):
-                yield Unusable(where, row)
+                yield Unusable(where, without_secrets(row))
                 continue
             try:
                 source = self._of_row(path, row)
             except ValueError as err:
-                yield Unusable(where, str(err))
+                yield Unusable(where, without_secrets(str(err), str(row.get("path"))))
                 continue
             yield source if is_url(source.path) else _with_facts(source)
 
@@ -231,7 +238,7 @@ class _Lister:
         user = {k: v for k, v in row.items() if k not in COLUMNS and v is not None}
         json.dumps(user, allow_nan=False)  # raises ValueError for what the metadata could not hold
         beside = None if text is not None or is_url(path) else _sidecar(path)
-        return Source(path, readable(without_secrets(name)), slug(key), text, beside, split, start, end, user)
+        return Source(path, readable(shown_url(name)), slug(key), text, beside, split, start, end, user)
 
     def _place(self, manifest: str, name: str) -> str:
         """Where a row's video is. Raises ValueError for a URL that cannot be used."""
@@ -243,7 +250,7 @@ class _Lister:
         protocol = "::".join(part.partition("://")[0] for part in name.split("::"))
         if protocol not in self.protocols:
             try:
-                self.remote.filesystem(name)
+                check_protocol(name)  # without connecting, as some kinds do when they are made
             except ConfigError as err:
                 if isinstance(err.__cause__, (ImportError, TypeError)):  # true of all rows: to be mended first
                     raise
@@ -261,11 +268,16 @@ def _with_facts(source: Source) -> Source | Unusable:
     except (OSError, ValueError) as err:
         return Unusable(source.source, f"cannot be read ({getattr(err, 'strerror', None) or err})")
     source = replace(source, size=facts.st_size, version=local_version(facts))
-    if source.text_file is not None:
-        with suppress(OSError):  # what cannot be read is said when the source is probed
+    with suppress(OSError):  # what cannot be read is said when the source is probed
+        if source.text_file is not None and _is_text(source.text_file):
             text = Path(source.text_file).read_text("utf-8", "replace").strip()
             source = replace(source, text=text, text_file=None)
     return source
+
+
+def _is_text(path: str) -> bool:
+    """Whether a file can be read as a text: a pipe would wait for its other end, and a device never ends."""
+    return os.path.isfile(path) and os.path.getsize(path) <= MAX_TEXT_BYTES
 
 
 def _sidecar(path: str) -> str | None:
@@ -275,7 +287,7 @@ def _sidecar(path: str) -> str | None:
 
 
 def _missing(text: str) -> ConfigError:
-    return ConfigError(f"input {text} does not exist, or there is nothing in it: check the path")
+    return ConfigError(f"input {shown_url(text)} does not exist, or there is nothing in it: check the path")
 
 
 def _extensions() -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import mmap
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from framestream.pipeline.errors import ConfigError, SampleError
 from framestream.pipeline.probe import VideoInfo, probe_video
-from framestream.pipeline.remote import Remote
+from framestream.pipeline.remote import Remote, disk_full
 from framestream.pipeline.shard_paths import is_url
 from framestream.pipeline.shard_writer import sample_members
 
@@ -16,10 +20,11 @@ from .encoders import version_of
 from .inputs import Source
 from .opened_video import opened_video
 from .shard_options import Encoding, ShardOptions
-from .source_file import opened
+from .source_file import IN_MEMORY, opened
 from .stream_copy import stream_copy
 from .urls import suffix
 
+_BLOCK = 8 << 20  # bytes read at a time
 PROBE_TIMEOUT_S = 3600.0  # the limit that matters is the worker's
 
 
@@ -41,19 +46,32 @@ class ClipTask:
 
 
 @dataclass(frozen=True)
+class WholeFile:
+    """A local file that is a member of a sample, to the byte. `sha256` is that of the bytes that were looked at."""
+
+    source: Source
+    ext: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class MadeClip:
     """A finished sample.
 
     Attributes:
         members: by extension.
         seconds: of video in it.
-        whole: the extension that is still missing in `members`, and the local file that is it, to the byte. Whoever
-            writes the shard reads it again: sending it from process to process costs more.
+        whole: the member that is still missing. Whoever writes the shard reads it again (`copy_of`): sending it from
+            process to process costs more.
     """
 
     members: dict[str, bytes]
     seconds: float
-    whole: tuple[str, Source] | None = None
+    whole: WholeFile | None = None
+
+    def num_bytes(self) -> int:
+        """Of the members that are here."""
+        return sum(map(len, self.members.values()))
 
 
 def encoder_version(options: ShardOptions) -> str:
@@ -95,12 +113,45 @@ def make_clip(task: ClipTask) -> MadeClip:
         "clip_end": clip.end,
         "text": clip.source.text or "",
         "user": dict(clip.source.user),
+        "sha256": hashlib.sha256(data).hexdigest(),
     }
     try:
         members = sample_members(data, ext, meta, clip.source.text)
         if whole:
             del members[ext]
         sent = {member: bytes(content) for member, content in members.items()}
-        return MadeClip(sent, info.duration, (ext, clip.source) if whole else None)
+        return MadeClip(sent, info.duration, WholeFile(clip.source, ext, meta["sha256"]) if whole else None)
     except ConfigError as err:  # what one row of a manifest brought is no reason to end the run
         raise SampleError(f"{name}: {err}") from err
+
+
+def copy_of(whole: WholeFile, scratch: Path) -> bytes | memoryview:
+    """The bytes of a file, as they were looked at; those of a large one lie in the file `scratch`, until the next.
+
+    The file itself is read and not mapped: a map of somebody's file ends the process when that is cut short.
+
+    Raises:
+        SampleError: the file has changed, or cannot be read any more.
+    """
+    name, size = whole.source.source, whole.source.size
+    digest = hashlib.sha256()
+    try:
+        with open(whole.source.path, "rb") as file:
+            if size <= IN_MEMORY:
+                data: bytes | memoryview = file.read(size + 1)
+                digest.update(data)
+            else:
+                scratch.unlink(missing_ok=True)  # what was mapped of the last one stays whole
+                with open(scratch, "xb") as copy:
+                    while block := file.read(_BLOCK):
+                        digest.update(block)
+                        copy.write(block)
+                with open(scratch, "rb") as copy:
+                    data = memoryview(mmap.mmap(copy.fileno(), 0, access=mmap.ACCESS_READ))
+    except OSError as err:
+        if err.filename == os.fspath(scratch) or disk_full(err):
+            raise
+        raise SampleError(f"{name} cannot be read ({err.strerror or err})") from err
+    if digest.hexdigest() != whole.sha256:
+        raise SampleError(f"{name} was written to while it was read: it was changed")
+    return data

@@ -20,7 +20,7 @@ from framestream.pipeline.atomic import TEMP_SUFFIX, atomic_file, atomic_write
 from framestream.pipeline.errors import ConfigError
 from framestream.pipeline.remote import Remote
 from framestream.pipeline.shard_index import ShardIndex, index_path
-from framestream.pipeline.shard_paths import is_url
+from framestream.pipeline.shard_paths import SHELL_OPENER, is_url
 from framestream.pipeline.shard_writer import TarShard
 
 READERS = 16  # requests at a time
@@ -33,6 +33,10 @@ class Output(Protocol):
     @property
     def place(self) -> str:
         """How messages call it."""
+
+    @property
+    def identity(self) -> str:
+        """Tells places apart that have the same name on different servers."""
 
     def prepare(self, folder: str) -> None:
         """Make `folder` ("" for the output itself)."""
@@ -62,8 +66,10 @@ class Output(Protocol):
 def open_output(place: str | Path, remote: Remote) -> Output:
     """The output that `place` names. Raises ConfigError where it cannot be made or its protocol is unknown."""
     text = os.fspath(place)
+    if not text or SHELL_OPENER.match(text):
+        raise ConfigError(f"output {text!r} is no place to write to: name a folder, or a bucket such as s3://…")
     if not is_url(text):
-        return LocalOutput(Path(text.removeprefix("file://")))
+        return LocalOutput(Path(os.path.abspath(os.path.expanduser(text.removeprefix("file://")))))
     if text.startswith(("http://", "https://")):
         raise ConfigError(f"output {text} cannot be written over HTTP: name a folder, or a bucket such as s3://…")
     remote.filesystem(text)
@@ -97,6 +103,10 @@ class LocalOutput:
 
     @property
     def place(self) -> str:
+        return str(self.folder)
+
+    @property
+    def identity(self) -> str:
         return str(self.folder)
 
     def prepare(self, folder: str) -> None:
@@ -151,6 +161,12 @@ class RemoteOutput:
     def place(self) -> str:
         return self.url
 
+    @property
+    def identity(self) -> str:
+        options = self.remote.storage_options
+        server = options.get("endpoint_url") or (options.get("client_kwargs") or {}).get("endpoint_url")
+        return f"{self.url} {server or ''}"
+
     def prepare(self, folder: str) -> None:
         fs, path = self.remote.filesystem(self._url(folder))
         if self._protocol not in _WHOLE_OBJECTS:
@@ -191,17 +207,14 @@ class RemoteOutput:
         self._put(name, lambda fs, target: fs.put_file(str(path), target))
 
     def download(self, name: str, path: Path) -> bool:
-        """`name` becomes a local file; False where it does not exist."""
+        """`name` becomes the local file `path`; False where it does not exist."""
         url = self._url(name)
         fs, source = self.remote.filesystem(url)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMP_SUFFIX}")
         try:
-            self.remote.call(url, lambda: fs.get_file(source, str(temporary)))
-            os.replace(temporary, path)
+            self.remote.call(url, lambda: fs.get_file(source, str(path)))
         except FileNotFoundError:
+            path.unlink(missing_ok=True)
             return False
-        finally:
-            temporary.unlink(missing_ok=True)
         return True
 
     def _put(self, name: str, put: Callable[[Any, str], None]) -> None:
@@ -211,7 +224,7 @@ class RemoteOutput:
             self.remote.call(url, lambda: put(fs, target), doing="written")
             return
         parent, _, base = target.rpartition("/")
-        temporary = f"{parent}/.{base}.{os.getpid()}{TEMP_SUFFIX}"
+        temporary = f"{parent}/.{base}.{os.getpid()}-{os.urandom(4).hex()}{TEMP_SUFFIX}"
 
         def move() -> None:
             put(fs, temporary)

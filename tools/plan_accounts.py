@@ -21,7 +21,7 @@ class Accounts:
         sampled: inputs with a clip that was written.
         rejected: inputs that cannot be used, those all of whose clips were lost included.
         filtered: inputs that are not wanted, by rule.
-        duplicates: inputs that were named twice, or have the pictures of an earlier one.
+        duplicates: inputs that were named twice, or have the pictures of an earlier one, whatever is said of them.
         clips_planned: = clips_written + clips_rejected.
         clips_dropped: clips that are not worth making and were not planned, by rule.
     """
@@ -38,13 +38,18 @@ class Accounts:
 
 
 def accounts(db: sqlite3.Connection, lost: Iterable[tuple[str, str]]) -> Accounts:
-    """Count; `lost` are key and reason of the clips that could not be made. Raises ShardError for an unknown key."""
+    """Count; `lost` are key and reason of the clips that could not be made.
+
+    Raises:
+        ShardError: the plan has no such clip.
+        sqlite3.DatabaseError: the plan does not add up.
+    """
     num_lost = _keep_lost(db, lost)
     kinds = dict(db.execute("SELECT kind, count(*) FROM verdicts GROUP BY kind"))
     filtered = dict(
         db.execute("SELECT rule, count(*) FROM verdicts WHERE kind = 'filtered' GROUP BY rule ORDER BY rule")
     )
-    ((planned,),) = db.execute("SELECT coalesce(sum(num_clips), 0) FROM verdicts")
+    planned = _add_up(db, sum(kinds.values()))
     ((all_lost,),) = db.execute(
         "SELECT count(*) FROM (SELECT input, count(*) AS n FROM temp.lost_clips GROUP BY input) AS l "
         "JOIN verdicts AS v ON v.number = l.input WHERE v.num_clips = l.n"
@@ -60,6 +65,21 @@ def accounts(db: sqlite3.Connection, lost: Iterable[tuple[str, str]]) -> Account
         clips_rejected=num_lost,
         clips_dropped=dict(db.execute("SELECT rule, num_clips FROM dropped ORDER BY rule")),
     )
+
+
+def _add_up(db: sqlite3.Connection, num_verdicts: int) -> int:
+    """How many clips are planned. Every input has to have a verdict, and every clip a place in a shard."""
+    ((num_inputs,),) = db.execute("SELECT count(*) FROM inputs")
+    if num_verdicts != num_inputs:
+        raise sqlite3.DatabaseError(f"it has {num_inputs} inputs and verdicts on {num_verdicts}")
+    ((planned,),) = db.execute("SELECT coalesce(sum(num_clips), 0) FROM verdicts")
+    ((in_shards,),) = db.execute("SELECT coalesce(sum(num_clips), 0) FROM shards")
+    ((num_clips,),) = db.execute("SELECT count(*) FROM clips")
+    if not planned == in_shards == num_clips:
+        raise sqlite3.DatabaseError(
+            f"its inputs have {planned} clips, its shards {in_shards}, and {num_clips} are there"
+        )
+    return int(planned)
 
 
 def rejects(db: sqlite3.Connection, lost: Iterable[tuple[str, str]]) -> Iterator[dict[str, Any]]:

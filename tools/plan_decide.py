@@ -71,13 +71,19 @@ class _Deciding:
             "CREATE TEMP TABLE pictures (content TEXT, start_s REAL, end_s REAL, number INTEGER, "
             "PRIMARY KEY (content, start_s, end_s)) WITHOUT ROWID"
         )
+        db.execute("CREATE TEMP TABLE in_parts (video INTEGER PRIMARY KEY)")  # videos of which rows take parts
+        if self.options.cutting.val_tail:
+            part = "start_s IS NOT NULL OR end_s IS NOT NULL"
+            db.execute(f"INSERT OR IGNORE INTO temp.in_parts SELECT video FROM inputs AS i WHERE {USABLE} AND ({part})")
         ((total,),) = db.execute("SELECT count(*) FROM inputs")
         # Lists are long, and most decisions need none.
         info = INFO if self.options.transcode == "never" else INFO.replace("p.key_frames", "NULL")
         scenes = "p.scenes" if self.options.cutting.scene_threshold is not None else "NULL"
+        name = "(SELECT source FROM inputs WHERE number = i.video)" if self.options.val_share else "NULL"
         rows = db.execute(
-            f"SELECT i.number, i.reason, i.first, p.reason, p.size, p.content, {TEXT}, p.number, {SOURCE}, {scenes}, "
-            f"{info} FROM inputs AS i LEFT JOIN probes AS p ON p.number = i.probe ORDER BY i.number"
+            f"SELECT i.number, i.reason, i.first, p.reason, p.size, p.content, {TEXT}, p.number, {name}, "
+            f"i.video IN (SELECT video FROM temp.in_parts), {SOURCE}, {scenes}, {info} "
+            "FROM inputs AS i LEFT JOIN probes AS p ON p.number = i.probe ORDER BY i.number"
         )
         for row in rows:
             self.verdicts.append((row[0], *self._verdict(row)))
@@ -91,7 +97,8 @@ class _Deciding:
             shards.finish()
         self._flush()
         db.executemany("INSERT INTO dropped VALUES (?, ?)", sorted(self.dropped.items()))
-        db.execute("DROP TABLE temp.pictures")
+        for table in ("pictures", "in_parts"):
+            db.execute(f"DROP TABLE temp.{table}")
         if progress:
             progress(total, total)
 
@@ -106,14 +113,14 @@ class _Deciding:
 
     def _verdict(self, row: tuple[Any, ...]) -> tuple[str, str | None, str | None, int | None, int | None]:
         """kind, rule, reason, first, num_clips of one input, whose clips are placed on the way."""
-        number, unusable, first, rejected, size, content, text, probe = row[:8]
+        number, unusable, first, rejected, size, content, text, probe, name, in_parts = row[:10]
         if first is not None:
             return "duplicate", NAMED_TWICE, None, first, None
         if unusable is not None or rejected is not None:
             return "rejected", None, unusable or rejected, None, None
         if self.video is None or self.video.number != probe:
-            self.video = _Video(probe, info_of(row[20:]), unpacked(row[19]) if row[19] else ())
-        source, video, info = source_of(row[8:19]), self.video, self.video.info
+            self.video = _Video(probe, info_of(row[22:]), unpacked(row[21]) if row[21] else ())
+        source, video, info = source_of(row[10:21]), self.video, self.video.info
         if reason := not_in(source, info):
             return "rejected", None, reason, None, None
         filters = self.options.filters
@@ -121,12 +128,12 @@ class _Deciding:
             return "filtered", found.rule, found.reason, None, None
         if self.options.drop_duplicates and (same := self._same(number, content, source)) is not None:
             return "duplicate", SAME_PICTURES, None, same, None
-        result = cut(source, info, video.scenes, self.options, self._split(source), video.times)
+        result = cut(source, info, video.scenes, self.options, self._split(source, name), video.times, bool(in_parts))
         if result.dropped:
             self.dropped.update(result.dropped)
         if not result.clips:
             return "filtered", result.left_out, None, None, None
-        identity = json.dumps([source.source, size, content, text, row[16]]).encode()  # 16: the other columns, as JSON
+        identity = json.dumps([source.source, size, content, text, row[18]]).encode()  # 18: the other columns, as JSON
         for split, clip in result.clips:
             self._place(split, clip, number, info, size, identity)
         return "sampled", None, None, None, len(result.clips)
@@ -141,9 +148,10 @@ class _Deciding:
         )
         return int(same)
 
-    def _split(self, source: Source) -> str:
+    def _split(self, source: Source, name: str) -> str:
+        """The split of all clips of a source; `name` is that under which its video came first."""
         if self.options.val_share:
-            return "val" if held_out(source.source, self.options.val_share) else "train"
+            return "val" if held_out(name, self.options.val_share) else "train"
         return source.split or ("" if self.names == [""] else "train")
 
     def _place(self, split: str, clip: Clip, number: int, info: VideoInfo, size: int, identity: bytes) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 from framestream.pipeline.shard_paths import is_url
 
-from .inputs import Source, Unusable
+from .inputs import Source, Unusable, slug
 from .plan_schema import LISTED, listed_row, scratch
+from .urls import path_in
 
 _COLUMNS = ", ".join(LISTED)
 _IN_WORDS = {"wanted_key": "key", "text_file": "text file", "start_s": "start", "end_s": "end", "user": "metadata",
@@ -23,26 +24,41 @@ _SAME = "a.source = b.source AND a.nth = b.nth"  # the same input in two listing
 
 def write_inputs(db: sqlite3.Connection, items: Iterable[Source | Unusable]) -> None:
     """Fill the table `inputs`, inside of a transaction."""
-    for table in ("parts", "videos"):
+    tables = ("named", "videos", "probing")
+    for table in tables:
         db.execute(f"CREATE TEMP TABLE {table} (place BLOB PRIMARY KEY, number INTEGER) WITHOUT ROWID")
-    marks = ", ".join("?" * (len(LISTED) + 4))
-    db.executemany(f"INSERT INTO inputs (number, {_COLUMNS}, key, first, probe) VALUES ({marks})", _rows(db, items))
-    for table in ("parts", "videos"):
+    columns = f"number, {_COLUMNS}, key, first, video, probe"
+    marks = ", ".join("?" * (len(LISTED) + 5))
+    db.executemany(f"INSERT INTO inputs ({columns}) VALUES ({marks})", _rows(db, items))
+    for table in tables:
         db.execute(f"DROP TABLE temp.{table}")
     _make_keys_unique(db)
 
 
 def _rows(db: sqlite3.Connection, items: Iterable[Source | Unusable]) -> Iterator[tuple[Any, ...]]:
     for number, item in enumerate(items):
-        key = first = probe = None
+        key = first = video = probe = None
         if isinstance(item, Source):
-            video = [item.path if is_url(item.path) else os.path.abspath(item.path)]
+            path, text_file = _place(item.path), _place(item.text_file)
             part = [None if seconds is None else float(seconds) for seconds in (item.start, item.end)]
-            first = _first(db, "parts", video + part, number)
+            first = _first(db, "named", [path, *part, item.text, text_file, _given_key(item)], number)
+            video = _first(db, "videos", [path], number)
             if first == number:
                 key, first = item.key, None
-                probe = _first(db, "videos", [*video, item.text_file, item.size, item.version], number)
-        yield (number, *listed_row(item), key, first, probe)
+                probe = _first(db, "probing", [path, text_file, item.size, item.version], number)
+        yield (number, *listed_row(item), key, first, video, probe)
+
+
+def _place(path: str | None) -> str | None:
+    """A path however it is written; URLs as they are."""
+    return path if path is None or is_url(path) else os.path.abspath(path)
+
+
+def _given_key(source: Source) -> str:
+    """The key that a manifest gives a source, "" where it is only made of the name."""
+    name = path_in(source.source) if is_url(source.source) else source.source
+    stem = os.path.splitext(name)[0]
+    return "" if source.key in (slug(stem), slug(stem.lstrip("/."))) else source.key
 
 
 def _first(db: sqlite3.Connection, table: str, place: Sequence[Any], number: int) -> int:

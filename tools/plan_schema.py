@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from .probing import Probed
 
 APPLICATION_ID = 0x46535031  # "FSP1": says that an SQLite file is a plan
-VERSION = 2
+VERSION = 3
+JOURNAL_SUFFIX = "-journal"  # of the file beside a plan in which SQLite keeps what a transaction overwrites
 _CACHE_KIB = 64 << 10  # of pages, for the plan and for its temporary tables
 LOCK_TIMEOUT_S = 10.0  # how long another process may be writing
 
@@ -30,11 +31,12 @@ CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 
 -- As listed. `number` is the order, from 0; `reason` why an input cannot be used, then it has no path.
 -- `key` is the unique one; inputs that are named twice have none, and the number of the first in `first`.
--- `probe` is the number of the first input with the same video and text file: it is probed for all of them.
+-- `video` is the number of the first input with the same video, named twice or not; `probe` that of the first one with
+-- the same video and text file, too: it is probed for all of them.
 CREATE TABLE inputs (
     number INTEGER PRIMARY KEY, source TEXT NOT NULL, path TEXT, wanted_key TEXT, text TEXT, text_file TEXT,
     split TEXT, start_s REAL, end_s REAL, user TEXT, size INTEGER, version TEXT, reason TEXT,
-    key TEXT, first INTEGER, probe INTEGER
+    key TEXT, first INTEGER, video INTEGER, probe INTEGER
 );
 
 -- What probing said: `reason` why an input is rejected, or all the rest. Lists are deflated JSON, NULL where they are
@@ -89,17 +91,21 @@ def create(path: Path, settings: Mapping[str, Any]) -> None:
         raise ShardError(f"plan {path} exists already: go on with it, or remove it to begin anew")
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMP_SUFFIX}")
     temporary.unlink(missing_ok=True)
-    with guarded(path):
-        db = _connect(temporary, "rwc")
-        try:
-            db.executescript(SCHEMA)
-            rows = [("settings", json.dumps(settings)), ("stage", "listing")]
-            db.executemany("INSERT INTO meta VALUES (?, ?)", rows)
-            db.execute(f"PRAGMA user_version = {VERSION}")
-            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        finally:
-            db.close()
-    os.replace(temporary, path)
+    try:
+        with guarded(path):
+            db = _connect(temporary, "rwc")
+            try:
+                db.executescript(SCHEMA)
+                rows = [("settings", json.dumps(settings)), ("stage", "listing")]
+                db.executemany("INSERT INTO meta VALUES (?, ?)", rows)
+                db.execute(f"PRAGMA user_version = {VERSION}")
+                db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            finally:
+                db.close()
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     fsync(path.parent)
 
 
@@ -107,6 +113,8 @@ def connect(path: Path, readonly: bool) -> sqlite3.Connection:
     """An existing plan. Raises ShardError, in words, where it is missing, damaged, foreign or of another version."""
     if not path.is_file():
         raise ShardError(f"plan {path} does not exist: check the path")
+    if readonly:
+        _roll_back(path)
     with guarded(path):
         db = _connect(path, "ro" if readonly else "rw")
         try:
@@ -125,6 +133,27 @@ def connect(path: Path, readonly: bool) -> sqlite3.Connection:
         f"plan {path} has version {version}, this framestream reads version {VERSION}: go on with the framestream that "
         "made it, or remove it to begin anew"
     )
+
+
+def _roll_back(path: Path) -> None:
+    """Undo what a killed process had half written: a connection that only reads must not, and so cannot read."""
+    journal = path.with_name(path.name + JOURNAL_SUFFIX)
+    try:
+        if not journal.stat().st_size:
+            return
+    except FileNotFoundError:
+        return
+    with guarded(path):
+        try:
+            _connect(path, "rw").close()  # it looks into the file, and that is enough
+        except sqlite3.OperationalError as err:
+            if "locked" in str(err):  # by a run that is at work
+                raise
+            raise ShardError(
+                f"plan {path} was left half written by a killed process, and cannot be put right here ({err}): "
+                f"run the same `framestream shard INPUTS --output OUTPUT` again where {path.parent} can be written; it "
+                "goes on from here"
+            ) from err
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:

@@ -67,6 +67,7 @@ class PlanStore:
     Attributes:
         settings: what decides the plan apart from its inputs, as it was given to `create`.
         num_inputs: all that were listed.
+        num_usable: of these, neither unusable at listing nor named twice.
         num_to_probe: videos that are probed; parts of one video count once.
         num_probed: of these, those with an outcome.
         num_rejected: inputs that were unusable at listing, and videos that were at probing.
@@ -93,7 +94,8 @@ class PlanStore:
         """A plan that was begun before, with all that was committed.
 
         Raises:
-            ShardError: it is missing, damaged, no plan, or of another version.
+            ShardError: it is missing, damaged, no plan, of another version, or was left half written by a process that
+                was killed where nothing can be written now.
         """
         path = Path(path)
         db = connect(path, readonly)
@@ -130,7 +132,7 @@ class PlanStore:
 
     def _count(self) -> None:
         sums = f"coalesce(sum({USABLE}), 0), coalesce(sum({PROBING}), 0), count(i.reason)"
-        ((self.num_inputs, self._num_usable, self.num_to_probe, unusable),) = self._db.execute(
+        ((self.num_inputs, self.num_usable, self.num_to_probe, unusable),) = self._db.execute(
             f"SELECT count(*), {sums} FROM inputs AS i"
         )
         ((self.num_probed, rejected),) = self._db.execute("SELECT count(*), count(reason) FROM probes")
@@ -139,9 +141,10 @@ class PlanStore:
     def add_inputs(self, items: Iterable[Source | Unusable], other_files: Mapping[str, int] | None = None) -> None:
         """List all inputs, in one transaction: `items` is read to its end, or nothing is kept.
 
-        An input is a duplicate of an earlier one with the same path (however it is written), start and end. Keys
-        that several share get a hash of the source's name, and a number where even that is equal. `other_files` are
-        kept beside them, as they are when the last item has come.
+        An input is a duplicate of an earlier one with the same path (however it is written), start, end and text, and
+        the same key where one is asked for that is not made of the name. Keys that several share get a hash of the
+        source's name, and a number where even that is equal. `other_files` are kept beside them, as they are when the
+        last item has come.
 
         Raises:
             ShardError: the inputs are listed already.
@@ -208,7 +211,7 @@ class PlanStore:
         rows = self._db.execute(
             f"SELECT i.number, {SOURCE} FROM ({ranks}) AS r JOIN inputs AS i ON i.number = r.number "
             "WHERE r.rank * :n / :of > (r.rank - 1) * :n / :of ORDER BY i.number",
-            {"n": n, "of": max(1, self._num_usable)},
+            {"n": n, "of": max(1, self.num_usable)},
         )
         return [(number, source_of(source)) for number, *source in rows]
 
@@ -224,7 +227,11 @@ class PlanStore:
         """Give every input its verdict, cut the sources and fill the shards, in one transaction.
 
         Order of the rules: unusable or rejected, named twice, filtered, the same pictures as an input that came
-        through so far, too short for a clip.
+        through so far, too short for a clip. Pictures are the same where the video's and the times asked for are,
+        whatever is said of them: with `drop_duplicates` one of several texts of one part is kept, the first.
+
+        With `val_share` all inputs of one video go the same way, by the name under which it came first. With `val_tail`
+        they agree, too: the last share of the video is held out of all of them.
 
         Raises:
             ConfigError: see `check_splits`.
@@ -258,10 +265,11 @@ class PlanStore:
         """What became of every input and clip; `lost` has key and reason of each clip that could not be made.
 
         Raises:
-            ShardError: the plan has no such clip.
+            ShardError: the plan has no such clip, or is damaged, so that its numbers do not add up.
         """
         self._expect("decided")
-        return plan_accounts.accounts(self._db, lost)
+        with guarded(self.path):
+            return plan_accounts.accounts(self._db, lost)
 
     def rejects(self, lost: Lost) -> Iterator[dict[str, Any]]:
         """In order of inputs: source and reason of those that cannot be used; of lost clips key, start and end, too."""

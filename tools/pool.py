@@ -11,24 +11,32 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from framestream.pipeline.errors import ConfigError, FramestreamError
+from framestream.pipeline.errors import ConfigError, FramestreamError, StorageError, WorkerError
 from framestream.pipeline.fresh_python import fresh_python
 
 START_ALLOWANCE_S = 60.0  # on top of the limit for the first task of a worker: it has to import first
 LOOK_AHEAD = 3  # tasks per worker that may be finished before their turn
+WAITING_BYTES = 256 << 20
+DEATH_S = 5.0
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
 class Failure(NamedTuple):
-    """Why a task has no result, in words."""
+    """Why a task has no result, in words.
+
+    Attributes:
+        storage: nothing is wrong with the task; what it needs could not be fetched.
+    """
 
     reason: str
+    storage: bool = False
 
 
 class _Worker:
@@ -69,9 +77,18 @@ class WorkerPool(Generic[Task, Result]):
             becomes a `Failure`, only a ConfigError ends the run.
         workers: number of processes.
         timeout_s: seconds for one task; a worker that takes longer is killed.
+        weigh: bytes of a result; where results that wait for their turn have more than `WAITING_BYTES` together, no
+            further task is begun until some are handed back.
     """
 
-    def __init__(self, function: Callable[[Task], Result], *, workers: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        function: Callable[[Task], Result],
+        *,
+        workers: int,
+        timeout_s: float,
+        weigh: Callable[[Result], int] | None = None,
+    ) -> None:
         self.function = function
         self.workers = workers
         self.timeout_s = timeout_s
@@ -79,6 +96,9 @@ class WorkerPool(Generic[Task, Result]):
         self._busy: list[_Worker] = []
         self._queue: deque[tuple[int, Task]] = deque()
         self._outcomes: dict[int, Result | Failure] = {}
+        self._weigh = weigh
+        self._waiting_bytes = 0
+        self._turn = 0  # number of the task whose result is handed back next
 
     def __enter__(self) -> WorkerPool[Task, Result]:
         return self
@@ -103,10 +123,15 @@ class WorkerPool(Generic[Task, Result]):
             while number not in self._outcomes:
                 self._step()
             order.popleft()
-            yield task, self._outcomes.pop(number)
+            self._turn = number + 1
+            outcome = self._outcomes.pop(number)
+            self._waiting_bytes -= self._weight(outcome)
+            yield task, outcome
 
     def _start_queued(self) -> None:
         while self._queue and len(self._busy) < self.workers:
+            if self._waiting_bytes > WAITING_BYTES and self._queue[0][0] != self._turn:
+                return
             number, task = self._queue.popleft()
             worker = self._idle.pop() if self._idle else _Worker()
             self._busy.append(worker)
@@ -125,6 +150,8 @@ class WorkerPool(Generic[Task, Result]):
                 try:
                     outcome = worker.connection.recv()
                 except (EOFError, ConnectionResetError):
+                    with suppress(subprocess.TimeoutExpired):  # how it ended is known a moment after its pipe has
+                        worker.process.wait(DEATH_S)
                     outcome = Failure(_death(worker.end()))
                 else:
                     self._idle.append(worker)
@@ -134,10 +161,14 @@ class WorkerPool(Generic[Task, Result]):
             else:
                 continue
             self._busy.remove(worker)
-            if isinstance(outcome, ConfigError):
+            if isinstance(outcome, (ConfigError, WorkerError)):
                 raise outcome
             self._outcomes[worker.number] = outcome
+            self._waiting_bytes += self._weight(outcome)
         self._start_queued()
+
+    def _weight(self, outcome: Result | Failure) -> int:
+        return 0 if self._weigh is None or isinstance(outcome, Failure) else self._weigh(outcome)
 
 
 def _death(status: int) -> str:
@@ -155,12 +186,15 @@ def serve(descriptor: int) -> None:
             function, task = connection.recv()
         except EOFError:
             return
+        except Exception as err:  # this installation is at fault and no task: another version than when the run began
+            connection.send(WorkerError(f"a worker process cannot be told what to do ({type(err).__name__}: {err})"))
+            return
         try:
             outcome = function(task)
         except ConfigError as err:
             outcome = err
         except FramestreamError as err:
-            outcome = Failure(str(err))
+            outcome = Failure(str(err), isinstance(err, StorageError))
         except Exception as err:  # codecs raise anything; the task is lost, named by its owner, the run goes on
             outcome = Failure(f"{type(err).__name__}: {err}")
         try:

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any
 
-from framestream.pipeline.errors import ConfigError, FramestreamError, ShardError
+from framestream.pipeline.errors import ConfigError, FramestreamError, ShardError, StorageError
 
 from .engines import LocalEngine, NumberedProbe
 from .output import Output
+from .pool import Failure
 from .probing import Probed
-from .units import Step, Unit
+from .units import Outcome, Step, Unit
 
 PROBES_PER_TASK = 64
 RETRIES = 3  # of a task whose process or node was lost
@@ -32,23 +33,35 @@ class RayEngine:
         timeout_s: for one clip.
         address: of the cluster, as `ray.init` takes it; None for $RAY_ADDRESS, a cluster running here, or a new
             one of this machine only. "local" always begins a new one.
+        reject_unfetched: see `open_engine`.
 
     Raises:
-        ConfigError: Ray is not installed, or the cluster cannot be reached.
+        ConfigError: Ray is not installed.
     """
 
-    def __init__(self, workers: int, timeout_s: float, address: str | None) -> None:
+    def __init__(self, workers: int, timeout_s: float, address: str | None, reject_unfetched: bool) -> None:
         try:
             import ray
         except ImportError as err:
             raise ConfigError("the engine ray needs Ray: `pip install 'framestream[ray]'`") from err
         self._ray: Any = ray
-        self._workers, self._timeout_s, self._address = workers, timeout_s, address
+        self._workers, self._address = workers, address
+        self._node = LocalEngine(1, timeout_s, reject_unfetched)  # what a task runs, wherever it runs
         self._connected = False
 
-    def __enter__(self) -> RayEngine:
-        if self._ray.is_initialized():  # the caller's own connection is used, and left to him
-            return self
+    def close(self) -> None:
+        if self._connected:
+            self._ray.shutdown()
+            self._connected = False
+
+    def _connect(self) -> None:
+        """Once, when the first task is at hand. A connection of the caller's own is used, and left to him.
+
+        Raises:
+            ConfigError: the cluster cannot be reached.
+        """
+        if self._ray.is_initialized():
+            return
         cpus = {"num_cpus": self._workers} if self._workers and self._address == "local" else {}
         try:
             self._ray.init(
@@ -61,39 +74,25 @@ class RayEngine:
         except (ConnectionError, RuntimeError, ValueError) as err:
             raise ConfigError(f"the Ray cluster {self._address or ''} cannot be reached ({err})") from err
         self._connected = True
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        if self._connected:
-            self._ray.shutdown()
-            self._connected = False
-
-    def probe(self, probes: Iterable[NumberedProbe]) -> Iterator[tuple[int, Probed | str]]:
-        lost = 0
-        for chunk, outcomes in self._run(_probe, _chunks(probes, PROBES_PER_TASK), self._timeout_s):
-            if isinstance(outcomes, FramestreamError):
-                lost, first = lost + len(chunk), outcomes
+    def probe(self, probes: Iterable[NumberedProbe]) -> Iterator[tuple[int, Probed | Failure]]:
+        for chunk, outcomes in self._run(_probe, _chunks(probes, PROBES_PER_TASK), self._node):
+            if isinstance(outcomes, FramestreamError):  # of the cluster, and no fault of the sources
+                yield from ((probe.number, Failure(str(outcomes), storage=True)) for probe in chunk)
             else:
                 yield from outcomes
-        if lost:
-            raise ShardError(f"{lost} sources could not be probed ({first}). Run the same command again for these")
 
     def write(self, units: Iterable[Unit], output: Output) -> Iterator[Step]:
-        failed: list[str] = []
-        for unit, outcome in self._run(_write, units, output, self._timeout_s):
+        for unit, outcome in self._run(_write, units, self._node, output):
             if isinstance(outcome, FramestreamError):
-                failed.append(f"{unit.name} ({outcome})")
+                yield Step(len(unit.tasks), unfetched=str(outcome))
             else:
                 yield Step(len(unit.tasks), len(outcome.lost), outcome)
-        if failed:
-            raise ShardError(
-                f"{len(failed)} shards could not be made, the first is {failed[0]}. Run the same command again for "
-                "these"
-            )
 
     def _run(self, function: Callable[..., Any], items: Iterable[Any], *rest: Any) -> Iterator[tuple[Any, Any]]:
         """(item, result or error) as tasks end; impossible requests and interrupts are raised."""
         ray = self._ray
+        self._connect()
         remote = ray.remote(num_cpus=1, max_retries=RETRIES)(function)
         at_a_time = self._workers or AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
         source = iter(items)
@@ -131,12 +130,12 @@ def _chunks(items: Iterable[NumberedProbe], size: int) -> Iterator[list[Numbered
         yield list(chain([first], islice(source, size - 1)))
 
 
-def _probe(chunk: list[NumberedProbe], timeout_s: float) -> list[tuple[int, Probed | str]]:
-    return list(LocalEngine(1, timeout_s).probe(chunk))
+def _probe(chunk: list[NumberedProbe], node: LocalEngine) -> list[tuple[int, Probed | Failure]]:
+    return list(node.probe(chunk))
 
 
-def _write(unit: Unit, output: Output, timeout_s: float) -> Any:
-    for step in LocalEngine(1, timeout_s).write([unit], output):
-        if step.outcome is not None:
-            return step.outcome
-    raise ShardError(f"{unit.name} has no clips")
+def _write(unit: Unit, node: LocalEngine, output: Output) -> Outcome:
+    *_, last = node.write([unit], output)
+    if last.outcome is None:
+        raise StorageError(last.unfetched)
+    return last.outcome

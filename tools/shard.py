@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from framestream.pipeline.errors import ConfigError
+from framestream.pipeline.errors import ConfigError, FramestreamError
 from framestream.pipeline.remote import Remote
 
 from .dry_run import dry_run as forecast
@@ -60,6 +60,7 @@ def shard(
     part: str | None = None,
     storage_options: str | None = None,
     work: str | None = None,
+    reject_unfetched: bool = False,
     log: Output = "auto",
 ) -> int:
     """Turn videos into WebDataset shards: tars of clips with their metadata, checked, indexed and reproducible.
@@ -120,7 +121,9 @@ def shard(
         part: I/N makes every N-th shard, from the I-th on, of a plan that is there; the part that finds all shards made
             writes the index and the report. Parts run at the same time, on any machines that reach OUTPUT.
         storage_options: for the fsspec file systems, as JSON: '{"anon": true}'.
-        work: folder for the plan of a remote OUTPUT while it is built; default in framestream's cache.
+        work: folder for the plans of remote OUTPUTs while they are built; default in framestream's cache.
+        reject_unfetched: count what the storage does not give, after many tries, as rejected; without, the command ends
+            with exit code 1 when all else is done, and tries these again the next time.
         log: a bar on terminals and lines elsewhere (auto), bar, plain lines, json lines, or quiet.
 
     Returns:
@@ -128,48 +131,52 @@ def shard(
         on; 2 the command cannot be done as asked; 130 stopped by Ctrl-C, the same command goes on.
     """
     began = time.monotonic()
-    options = ShardOptions(
-        samples_per_shard,
-        None if megabytes_per_shard is None else max(0, round(megabytes_per_shard * 1e6)),
-        prefix,
-        Cutting(clip_seconds, clip_stride_seconds, scene_threshold, val_tail, val_gap),
-        Filters(min_seconds, max_seconds, min_side, max_side, min_fps, max_fps),
-        transcode,
-        Encoding(short_side, fps, gop, crf, codec, audio),
-        val_share,
-        drop_duplicates,
-    )
-    share = None if part is None else Part.parse(part)
-    if sum((dry_run, plan_only, part is not None)) > 1 or (overwrite and (dry_run or part is not None)):
-        raise ConfigError(
-            "dry_run, plan_only and part exclude each other, and only a whole run or a plan can overwrite"
-        )
-    stored = _storage(storage_options)
     with reporting("shard", log) as reporter:
-        if dry_run:
-            expected = forecast(
-                inputs, options, workers=workers, timeout_s=timeout_seconds, remote=Remote(stored),
-                progress=reporter.step,
-            )  # fmt: skip
-            reporter.end(expected.lines(), expected.to_json())
-            return 0
-        job = shard_job(
-            output,
-            options,
-            engine=engine,
-            workers=workers,
-            timeout_s=timeout_seconds,
-            ray_address=ray_address,
-            storage_options=stored,
-            work=work,
-            progress=reporter.step,
-        )
         try:
+            options = ShardOptions(
+                samples_per_shard,
+                None if megabytes_per_shard is None else round(megabytes_per_shard * 1e6),
+                prefix,
+                Cutting(clip_seconds, clip_stride_seconds, scene_threshold, val_tail, val_gap),
+                Filters(min_seconds, max_seconds, min_side, max_side, min_fps, max_fps),
+                transcode,
+                Encoding(short_side, fps, gop, crf, codec, audio),
+                val_share,
+                drop_duplicates,
+            )
+            share = None if part is None else Part.parse(part)
+            if sum((dry_run, plan_only, part is not None)) > 1 or (overwrite and (dry_run or part is not None)):
+                raise ConfigError(
+                    "dry_run, plan_only and part exclude each other, and only a whole run or a plan can overwrite"
+                )
+            stored = _storage(storage_options)
+            if dry_run:
+                remote = Remote(stored)
+                expected = forecast(
+                    inputs, options, workers=workers, timeout_s=timeout_seconds, remote=remote, progress=reporter.step
+                )
+                reporter.end(expected.lines(), expected.to_json())
+                return 0
+            job = shard_job(
+                output,
+                options,
+                engine=engine,
+                workers=workers,
+                timeout_s=timeout_seconds,
+                ray_address=ray_address,
+                storage_options=stored,
+                work=work,
+                reject_unfetched=reject_unfetched,
+                progress=reporter.step,
+            )
             with job.alone(share):
                 result = run(job, inputs, overwrite=overwrite, part=share, plan_only=plan_only)
         except KeyboardInterrupt:
             reporter.error("stopped; what was probed and every finished shard is kept, and the same command goes on")
             return 130
+        except (FramestreamError, OSError) as err:
+            reporter.error(str(err))
+            return 2 if isinstance(err, ConfigError) else 1
         took = time.monotonic() - began
         if isinstance(result, ShardReport):
             reporter.end([*summary(result, output), f"took {in_words(took)}"], {**result.to_json(), "took_s": took})

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from framestream.pipeline.atomic import TEMP_SUFFIX
-from framestream.pipeline.errors import ConfigError
+from framestream.pipeline.errors import ConfigError, StorageError
 from framestream.pipeline.remote import Remote
 from framestream.pipeline.shard_writer import FOLDER_INDEX
 
@@ -20,12 +20,14 @@ from .making import encoder_version
 from .output import Output, read_all
 from .plan_listing import settings_difference
 from .plan_place import PlanPlace
+from .plan_schema import PlanError
 from .plan_store import PlannedShard, PlanStore
+from .pool import Failure
 from .probing import ProbeTask
-from .set_files import LEFT_OUT_FILE, REJECTS_FILE, REPORT_FILE
+from .set_files import LISTS
 from .shard_options import ShardOptions
 from .shard_report import ShardReport, finish
-from .units import Outcome, files_of, finished, our_files, unit_name, units_of
+from .units import Outcome, files_of, finished, our_files, unfinished, unit_name, units_of
 
 PLAN_VERSION = 2
 LOCK_FILE = ".lock"
@@ -64,6 +66,7 @@ class ShardJob:
 
     Attributes:
         work: folder for the plan of a remote output while it is built; None for one in the cache.
+        reject_unfetched: sources that the storage does not give are rejects; else the run ends with StorageError.
     """
 
     output: Output
@@ -72,6 +75,7 @@ class ShardJob:
     remote: Remote
     progress: Progress = lambda step, done, total, rejects: None
     work: str | Path | None = None
+    reject_unfetched: bool = False
     place: PlanPlace = field(init=False)
 
     def __post_init__(self) -> None:
@@ -79,14 +83,28 @@ class ShardJob:
 
     @contextmanager
     def alone(self, part: Part | None = None) -> Iterator[None]:
-        """Hold the output for this run, or for this part of one. Raises ConfigError where another run has it."""
+        """Hold the output for a whole run, or a part of it: parts of one division run at the same time, and no others.
+
+        Raises:
+            ConfigError: another run has it.
+        """
         from filelock import FileLock, Timeout
 
         self.output.prepare("")
         self.place.prepare()
-        name = LOCK_FILE if part is None else f"{LOCK_FILE}-{part.number}-of-{part.of}"
+        own = None if part is None else f"{LOCK_FILE}-{part.number}-of-{part.of}"
+        division = None if part is None else f"-of-{part.of}"
         try:
-            with FileLock(str(self.place.folder / name), timeout=0):
+            with ExitStack() as held:
+                whole = held.enter_context(ExitStack())
+                whole.enter_context(FileLock(str(self.place.folder / LOCK_FILE), timeout=5 if part else 0))
+                for name in sorted(os.listdir(self.place.folder)):
+                    if name.startswith(LOCK_FILE + "-") and name != own and not (division and name.endswith(division)):
+                        with FileLock(str(self.place.folder / name), timeout=0):
+                            pass
+                if own is not None:
+                    held.enter_context(FileLock(str(self.place.folder / own), timeout=0))
+                    whole.close()  # others may begin
                 yield
         except Timeout as err:
             raise ConfigError(
@@ -100,29 +118,88 @@ class ShardJob:
 
         Raises:
             ConfigError: impossible options, no video in the inputs, or an output that belongs to another run.
+            StorageError: sources could not be fetched.
         """
         settings = self._settings()
-        if overwrite:
-            self._clear()
-        plan = self.place.begun()
         with ExitStack() as stack:
+            plan = self._begun(stack, settings, inputs, overwrite)
             if plan is None:
-                self._refuse_foreign()
-                plan = self._list(stack, settings, inputs)
-            else:
-                stack.enter_context(plan)
-                if difference := plan.difference(settings, list_inputs(inputs, remote=self.remote)):
-                    raise ConfigError(
-                        f"{self.output.place} holds the shards of another run ({difference}): name another output "
-                        "folder, or set overwrite to remove what is there"
-                    )
-            plan.check_splits(self.options)
+                plan = stack.enter_context(self._new(settings, inputs, overwrite))
             if plan.stage == "probing":
                 self._probe(plan)
                 plan.decide(self.options, lambda done, total: self.progress("deciding", done, total, plan.num_rejected))
-                stack.close()
-                self.place.publish()
+        self.place.publish()
         return self.place.decided()
+
+    def _begun(
+        self, stack: ExitStack, settings: Mapping[str, Any], inputs: Sequence[str], overwrite: bool
+    ) -> PlanStore | None:
+        """The plan that is there, if it is the one that is asked for; None where there is none, or it may go."""
+        try:
+            plan = self.place.begun()
+        except PlanError as err:
+            if overwrite:
+                return None
+            raise ConfigError(f"{err}, or set overwrite") from err
+        if plan is None:
+            return None
+        begun = stack.enter_context(plan)
+        difference = begun.difference(settings, list_inputs(inputs, remote=self.remote))
+        if not difference:
+            return begun
+        if not overwrite:
+            raise ConfigError(
+                f"{self.output.place} holds the shards of another run ({difference}): name another output folder, put "
+                "things back as they were, or set overwrite to remove what is there"
+            )
+        stack.close()
+        return None
+
+    def _new(self, settings: Mapping[str, Any], inputs: Sequence[str], overwrite: bool) -> PlanStore:
+        """A plan with all inputs. Only when these are known to make one, what is there is removed."""
+        if not overwrite:
+            self._clear([""])
+        other_files: Counter[str] = Counter()
+
+        def counted() -> Iterator[Source | Unusable]:
+            for number, item in enumerate(list_inputs(inputs, remote=self.remote, other_files=other_files), start=1):
+                yield item
+                self.progress("listing", number, None, 0)
+
+        with PlanStore.create(self.place.new(), settings) as plan:
+            plan.add_inputs(counted(), other_files)
+            self.progress("listing", plan.num_inputs, plan.num_inputs, plan.num_rejected)
+            if not plan.num_inputs:
+                raise ConfigError(nothing_found(inputs, other_files))
+            splits = plan.check_splits(self.options)
+        self._clear(splits)
+        return self.place.take_new()
+
+    def _clear(self, splits: Sequence[str]) -> None:
+        """Remove what the run of the plan that is there wrote; without one, make sure that nobody's files are there.
+
+        Raises:
+            ConfigError: there are files of others that a new run would write over; nothing was removed.
+        """
+        folders, prefix, ours = {"", *splits}, "", False
+        if self.place.path.exists():
+            ours, prefix = True, self.options.prefix
+            with suppress(PlanError), PlanStore.open(self.place.path) as before:
+                prefix = str(before.settings["options"]["prefix"])
+                folders |= set(before.splits()) if before.stage == "decided" else set()
+        doomed: list[str] = []
+        for split in sorted(folders):
+            names = self.output.sizes(split)
+            lists = [name for name in names if name in (FOLDER_INDEX, *(() if split else LISTS))]
+            mine = [*lists, *our_files(names, prefix), *unfinished(names, prefix)] if ours else []
+            doomed += [f"{split}/{name}" if split else name for name in mine]
+            for name in sorted(set(names) - set(mine)):
+                if name.endswith(".tar") or name in lists:
+                    raise ConfigError(f"{self.output.place} has {name} from elsewhere: name an empty output folder")
+        for name in sorted(doomed, key=lambda name: name.endswith((".tar", ".idx.json"))):  # what speaks of them first
+            self.output.remove(name)
+        if ours:
+            self.place.remove()
 
     def check(self, plan: PlanStore) -> None:
         """Whether a plan that is there is of this job's options. Raises ConfigError."""
@@ -132,63 +209,26 @@ class ShardJob:
             )
 
     def _settings(self) -> dict[str, Any]:
-        version = {} if self.options.transcode == "never" else {"encoder": encoder_version(self.options)}
-        return {"version": PLAN_VERSION, "options": {**self.options.to_json(), **version}}
-
-    def _list(self, stack: ExitStack, settings: Mapping[str, Any], inputs: Sequence[str]) -> PlanStore:
-        other_files: Counter[str] = Counter()
-        plan = stack.enter_context(PlanStore.create(self.place.path, settings))
-
-        def counted() -> Iterator[Source | Unusable]:
-            for number, item in enumerate(list_inputs(inputs, remote=self.remote, other_files=other_files), start=1):
-                yield item
-                self.progress("listing", number, None, 0)
-
-        plan.add_inputs(counted(), other_files)
-        self.progress("listing", plan.num_inputs, plan.num_inputs, plan.num_rejected)
-        if not plan.num_inputs:
-            stack.close()
-            self.place.remove()
-            raise ConfigError(nothing_found(inputs, other_files))
-        return plan
+        options = {**self.options.to_json(), "encoder": encoder_version(self.options)}
+        return {"version": PLAN_VERSION, "options": options}
 
     def _probe(self, plan: PlanStore) -> None:
         threshold = self.options.cutting.scene_threshold
         probes = (
             NumberedProbe(number, ProbeTask(source, threshold, self.remote)) for number, source in plan.to_probe()
         )
-        with self.engine:
-            for number, outcome in self.engine.probe(probes):
+        unfetched = _Unfetched("sources could not be fetched", in_a_row=32)
+        for number, outcome in self.engine.probe(probes):
+            if not isinstance(outcome, Failure):
                 plan.record(number, outcome)
-                self.progress("probing", plan.num_probed, plan.num_to_probe, plan.num_rejected)
-
-    def _refuse_foreign(self) -> None:
-        """An output without a plan must not have tars: they are not ours to replace."""
-        for folder in ("", "train", "val"):
-            if foreign := next((name for name in sorted(self.output.sizes(folder)) if name.endswith(".tar")), None):
-                raise ConfigError(f"{self.output.place} has {foreign} from elsewhere: name an empty output folder")
-
-    def _clear(self) -> None:
-        """Remove what an earlier run of ours wrote, and only that."""
-        splits, prefix = {"", "train", "val"}, self.options.prefix
-        try:
-            plan = self.place.begun()
-        except ConfigError:  # a damaged plan says nothing: what this run would write has to go
-            pass
-        else:
-            if plan is None:
-                return
-            with plan:
-                prefix = str(plan.settings["options"]["prefix"])
-                splits |= set(plan.splits()) if plan.stage == "decided" else set()
-        for split in sorted(splits):
-            names = self.output.sizes(split)
-            ours = [*our_files(names, prefix), *(name for name in names if name.endswith(TEMP_SUFFIX)), FOLDER_INDEX]
-            for name in ours:
-                self.output.remove(f"{split}/{name}" if split else name)
-        for name in (REPORT_FILE, REJECTS_FILE, LEFT_OUT_FILE):
-            self.output.remove(name)
-        self.place.remove()
+            elif outcome.storage and not self.reject_unfetched:
+                unfetched.add(outcome.reason)
+                continue
+            else:
+                plan.record(number, outcome.reason)
+            unfetched.interrupted()
+            self.progress("probing", plan.num_probed, plan.num_to_probe, plan.num_rejected)
+        unfetched.end()
 
     # --- the shards -----------------------------------------------------------------------------------------------
 
@@ -206,20 +246,31 @@ class ShardJob:
         self.progress("writing", done, total, plan.num_rejected + lost)
         for split in {shard.split for shard in todo}:
             self.output.prepare(split)
-        with self.engine:
-            for step in self.engine.write(units_of(plan, todo, self.options, self.remote), self.output):
-                done, lost = done + step.clips, lost + step.lost
-                self.progress("writing", done, total, plan.num_rejected + lost)
+        if not todo:
+            return
+        unfetched = _Unfetched("shards could not be made", in_a_row=8)
+        for step in self.engine.write(units_of(plan, todo, self.options, self.remote), self.output):
+            done, lost = done + step.clips, lost + step.lost
+            if step.unfetched:
+                unfetched.add(step.unfetched)
+            elif step.outcome:
+                unfetched.interrupted()
+            self.progress("writing", done, total, plan.num_rejected + lost)
+        unfetched.end()
 
     def _sweep(self, plan: PlanStore) -> None:
-        """Remove what killed runs left unfinished, and shards of ours that the plan does not have."""
+        """Remove what killed runs left unfinished. Raises ConfigError where there are shards that nobody planned."""
         for split in plan.splits():
             units = (unit_name(self.options, shard) for shard in plan.shards(split))
             planned = {name.rpartition("/")[2] for unit in units for name in files_of(unit)}
             names = self.output.sizes(split)
-            left = [name for name in our_files(names, self.options.prefix) if name not in planned]
-            left += [name for name in names if name.startswith(".") and name.endswith(TEMP_SUFFIX)]
-            for name in left:
+            for name in our_files(names, self.options.prefix):
+                if name not in planned:
+                    raise ConfigError(
+                        f"{self.output.place} has {name}, which is not in its plan: move it elsewhere, or readers take "
+                        "it for a part of the set"
+                    )
+            for name in unfinished(names, self.options.prefix):
                 self.output.remove(f"{split}/{name}" if split else name)
 
     def outcomes(self, plan: PlanStore, part: Part | None = None) -> Iterator[tuple[PlannedShard, Outcome | None]]:
@@ -250,3 +301,27 @@ class ShardJob:
         if len(whole) < len(outcomes):
             return Unfinished(len(whole), len(outcomes))
         return finish(plan, whole, self.output)
+
+
+class _Unfetched:
+    """Counts what could not be had of the storage, and ends the run: when all else is done, or where nothing works."""
+
+    def __init__(self, what: str, in_a_row: int) -> None:
+        self._what, self._limit = what, in_a_row
+        self._first, self._count, self._row = "", 0, 0
+
+    def add(self, reason: str) -> None:
+        self._first, self._count, self._row = self._first or reason, self._count + 1, self._row + 1
+        if self._row >= self._limit:
+            self.end()
+
+    def interrupted(self) -> None:
+        self._row = 0
+
+    def end(self) -> None:
+        """Raise StorageError, if there was anything."""
+        if self._count:
+            raise StorageError(
+                f"{self._count} {self._what}; the first: {self._first}. The same command tries these again, and with "
+                "reject_unfetched it counts what still cannot be had as rejected"
+            )

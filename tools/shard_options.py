@@ -22,7 +22,7 @@ class Cutting:
         clip_seconds: length of a clip; None takes every source (or every scene of it) as one.
         stride_seconds: from one clip's beginning to the next; None for `clip_seconds`.
         scene_threshold: also cut where the picture changes by more than this share, 0 to 1; None for no such cuts.
-        val_tail: share of each source, at its end, that is held out.
+        val_tail: share of each video, at its end, that is held out; rows that take parts of it do not move that border.
         val_gap: seconds before the held-out part that are used for nothing.
     """
 
@@ -106,8 +106,8 @@ class Encoding:
     def __post_init__(self) -> None:
         if self.short_side is not None and (self.short_side < 16 or self.short_side % 2):
             raise ConfigError(f"short_side is {self.short_side}, it has to be even and at least 16")
-        if self.fps is not None and not 0.0 < self.fps <= 1000.0:
-            raise ConfigError(f"fps is {self.fps}, it has to be above 0 and at most 1000")
+        if self.fps is not None and not 0.01 <= self.fps <= 1000.0:
+            raise ConfigError(f"fps is {self.fps}, it has to be from 0.01 to 1000")
         if self.codec not in ("h264", "hevc", "vp9", "av1"):
             raise ConfigError(f"codec is {self.codec!r}, it has to be h264, hevc, vp9 or av1")
         if self.audio not in ("auto", "keep", "drop"):
@@ -131,7 +131,7 @@ class ShardOptions:
         transcode: encode clips anew: where they are parts of files or `short_side` or `fps` is given (`auto`), all of
             them (`always`), or none, so that parts are cut at key frames and copied (`never`).
         val_share: share of the sources that are held out, chosen by a hash of each source's name.
-        drop_duplicates: keep only the first of sources with the same pictures.
+        drop_duplicates: keep only the first of inputs with the same pictures, whatever is said of them.
     """
 
     samples_per_shard: int = 256
@@ -149,8 +149,9 @@ class ShardOptions:
             raise ConfigError(f"samples_per_shard is {self.samples_per_shard}, it has to be at least 1")
         if self.bytes_per_shard is not None and self.bytes_per_shard < 1:
             raise ConfigError(f"bytes_per_shard is {self.bytes_per_shard}, it has to be at least 1")
-        if not self.prefix.replace("-", "").replace("_", "").isalnum() or not self.prefix.isascii():
-            raise ConfigError(f"prefix {self.prefix!r} has to be made of letters, digits, - and _")
+        plain = self.prefix.replace("-", "").replace("_", "")
+        if not plain.isalnum() or not self.prefix.isascii() or len(self.prefix) > 100:
+            raise ConfigError(f"prefix {self.prefix!r} has to be made of letters, digits, - and _, 100 at most")
         if self.transcode not in ("auto", "always", "never"):
             raise ConfigError(f"transcode is {self.transcode!r}, it has to be auto, always or never")
         if self.transcode == "never" and self._asks_for_encoding:

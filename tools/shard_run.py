@@ -15,6 +15,8 @@ from .shard_job import Part, Progress, ShardJob, Unfinished
 from .shard_options import ShardOptions
 from .shard_report import ShardReport
 
+ATTEMPTS = 8  # at anything that storage is asked for: about two minutes, which most outages do not last
+
 
 def shard_job(
     output: str | Path,
@@ -26,17 +28,21 @@ def shard_job(
     ray_address: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
     work: str | Path | None = None,
+    reject_unfetched: bool = False,
     progress: Progress | None = None,
 ) -> ShardJob:
     """A job that can be run in steps; for the arguments see `build_shards`."""
-    remote = Remote(storage_options or {})
+    remote = Remote(storage_options or {}, attempts=ATTEMPTS)
     return ShardJob(
         open_output(output, remote),
         options or ShardOptions(),
-        open_engine(engine, workers=workers, timeout_s=timeout_s, ray_address=ray_address),
+        open_engine(
+            engine, workers=workers, timeout_s=timeout_s, ray_address=ray_address, reject_unfetched=reject_unfetched
+        ),
         remote,
         progress or (lambda step, done, total, rejects: None),
         work,
+        reject_unfetched,
     )
 
 
@@ -52,6 +58,7 @@ def build_shards(
     ray_address: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
     work: str | Path | None = None,
+    reject_unfetched: bool = False,
     progress: Progress | None = None,
 ) -> ShardReport:
     """Shard `inputs` into `output`. Run again after a kill, it goes on; the result is the same to the byte.
@@ -66,11 +73,14 @@ def build_shards(
         overwrite: remove what an earlier run with other options or inputs left in `output`.
         ray_address: of the cluster, as `ray.init` takes it.
         storage_options: passed to the fsspec file systems.
-        work: folder for the plan of a remote output while it is built; default in framestream's cache.
+        work: folder for the plans of remote outputs while they are built; default in framestream's cache.
+        reject_unfetched: sources that the storage does not give count as rejected; else the run ends with an error when
+            all others are done.
         progress: called with the step, how much of it is done, of how much (None: not known yet), and rejects.
 
     Raises:
         ConfigError: impossible options, no video in the inputs, or an output that belongs to another run.
+        StorageError: some sources, or the output, could not be reached; run again to go on.
         ShardError: the output cannot be written.
     """
     job = shard_job(
@@ -82,6 +92,7 @@ def build_shards(
         ray_address=ray_address,
         storage_options=storage_options,
         work=work,
+        reject_unfetched=reject_unfetched,
         progress=progress,
     )
     with job.alone():
@@ -106,11 +117,12 @@ def run(
         else:
             plan = job.plan(inputs, overwrite=overwrite)
         with plan:
-            if plan_only:
-                return Unfinished(0, sum(1 for _ in plan.shards()))
-            job.write(plan, part)
+            if not plan_only:
+                job.write(plan, part)
             return job.finish(plan)
     except OSError as err:
         raise ShardError(
-            f"{job.output.place} cannot be written ({err.strerror or err}); run again to go on from here"
+            f"{err.filename or job.output.place}: {err.strerror or err}; run again to go on from here"
         ) from err
+    finally:
+        job.engine.close()

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from framestream.pipeline.download import download
-from framestream.pipeline.errors import ConfigError, FramestreamError, SampleError, ShardError
+from framestream.pipeline.errors import ConfigError, FramestreamError, SampleError, ShardError, StorageError
+from framestream.pipeline.redaction import shown_url, without_secrets
 from framestream.pipeline.remote import Remote, disk_full
 from framestream.pipeline.shard_paths import is_url
 
@@ -29,6 +30,7 @@ from .trees import local_version, size_and_version
 if TYPE_CHECKING:
     from .inputs import Source
 
+MAX_TEXT_BYTES = 1 << 20  # of a file beside a video
 IN_MEMORY = 64 << 20  # bytes of a file up to which it is read rather than mapped
 _DESCRIPTORS = "/proc/self/fd"
 
@@ -97,10 +99,16 @@ def read_text(source: Source, remote: Remote) -> str | None:
             if data is None:
                 raise FileNotFoundError("it is gone")
         else:
+            regular = os.path.isfile(source.text_file) or not os.path.exists(source.text_file)
+            if not regular or os.stat(source.text_file).st_size > MAX_TEXT_BYTES:
+                raise ValueError(f"it is no regular file of {MAX_TEXT_BYTES} bytes at most")
             data = Path(source.text_file).read_bytes()
-    except (OSError, FramestreamError) as err:
+    except (ConfigError, StorageError):
+        raise
+    except (OSError, ValueError, FramestreamError) as err:
         name = os.path.basename(source.text_file)
-        raise SampleError(f"{source.source}: its text {name} cannot be read ({_words(err)})") from err
+        why = without_secrets(_words(err), source.text_file)
+        raise SampleError(f"{source.source}: its text {shown_url(name)} cannot be read ({why})") from err
     return data.decode("utf-8", "replace").strip()
 
 
@@ -132,7 +140,7 @@ def stat_remote(url: str, remote: Remote) -> tuple[int, str]:
 
     info = remote.call(url, ask)
     if info.get("type") == "directory":
-        raise FileNotFoundError(f"{url} is a folder")
+        raise FileNotFoundError(f"{shown_url(url)} is a folder")
     return size_and_version(info)
 
 
@@ -169,7 +177,7 @@ def _remote_file(source: Source, remote: Remote) -> SourceFile:
     except FileNotFoundError as err:
         raise SampleError(f"{source.source} does not exist: it was removed, or its address is wrong") from err
     except (OSError, ValueError, ShardError) as err:
-        if isinstance(err, ConfigError):
+        if isinstance(err, (ConfigError, StorageError)):  # nothing is wrong with this source
             raise
         raise _unreadable(source, err) from err
     _kept = _Kept(source.path, source.size, source.version, remote, file)
@@ -193,8 +201,8 @@ class _Downloaded:
             if not disk_full(err):
                 raise
             raise ConfigError(
-                f"{tempfile.gettempdir()} has no room for {url} ({size if size >= 0 else 'unknown'} bytes) while it is "
-                "read: free some, or name another folder for temporary files with TMPDIR; run again to go on from here"
+                f"{tempfile.gettempdir()} has no room for {shown_url(url)} ({size if size >= 0 else 'unknown'} bytes) while "
+                "it is read: free some, or name another folder for temporary files with TMPDIR; run again to go on from here"
             ) from err
 
 
@@ -245,7 +253,7 @@ def _identity(facts: os.stat_result) -> tuple[int, ...]:
 
 
 def _unreadable(source: Source, err: Exception) -> SampleError:
-    return SampleError(f"{source.source} cannot be read ({_words(err)})")
+    return SampleError(f"{source.source} cannot be read ({without_secrets(_words(err), source.path)})")
 
 
 def _words(err: Exception) -> str:

@@ -8,11 +8,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import unquote
 
 from framestream.pipeline.errors import ShardError
+from framestream.pipeline.redaction import shown_url
 from framestream.pipeline.remote import Remote
 
 from .urls import denied, join_url
@@ -110,6 +112,7 @@ class RemoteTree:
 
     def __init__(self, remote: Remote, *, web: bool) -> None:
         self.remote, self.web = remote, web
+        self._answered: tuple[str, Callable[[], Any]] | None = None  # the first question that was not refused
 
     def listing(self, path: str) -> Listing:
         fs, inside = self.remote.filesystem(path)
@@ -117,7 +120,7 @@ class RemoteTree:
         if hasattr(fs, "call_s3") and (pages := self._pages(fs, path)):
             first = next(pages)
             if not first:
-                raise FileNotFoundError(f"{path} is not there")
+                raise FileNotFoundError(f"{shown_url(path)} is not there")
             return found._replace(files=self._in_order(path, chain([first], pages), inside.strip("/"), found))
         if self.web:
             inside = inside.rstrip("/") + "/"  # that is how web servers call folders
@@ -133,12 +136,17 @@ class RemoteTree:
         return Listing(iter(files), sorted(found.folders), found.unusable)
 
     def _asked(self, path: str, ask: Callable[[], T]) -> T:
+        """The answer. Raises PermissionError for a folder that is refused while others are not, ShardError else."""
         try:
-            return self.remote.call(path, ask)
+            answer = self.remote.call(path, ask)
         except ShardError as err:
-            if denied(err):
-                raise PermissionError(str(err)) from err
-            raise
+            if not denied(err):
+                raise
+            if self._answered is not None:
+                self.remote.call(*self._answered)  # refused, too, where credentials have expired meanwhile
+            raise PermissionError(str(err)) from err
+        self._answered = self._answered or (path, ask)
+        return answer
 
     def _pages(self, fs: Any, path: str) -> Iterator[list[dict[str, Any]]] | None:
         """What is in a folder of S3, in the form in which fsspec tells it; None where that is not sorted by name."""
@@ -150,7 +158,7 @@ class RemoteTree:
         def pages() -> Iterator[list[dict[str, Any]]]:
             more = True
             while more:
-                page = self._asked(path, lambda: fs.call_s3("list_objects_v2", **settings))
+                page = self._asked(path, partial(fs.call_s3, "list_objects_v2", **settings))
                 objects = [{"name": f"{bucket}/{each['Key']}", **each} for each in page.get("Contents", ())]
                 folders = [f"{bucket}/{each['Prefix']}" for each in page.get("CommonPrefixes", ())]
                 yield objects + [{"name": name, "type": "directory"} for name in folders]
@@ -166,7 +174,8 @@ class RemoteTree:
         for page in pages:
             for file in self._files(page, inside, found):
                 if file[0] < last:
-                    raise ShardError(f"{path} is not listed in the order of names, as S3 does: name a manifest instead")
+                    name = shown_url(path)
+                    raise ShardError(f"{name} is not listed in the order of names, as S3 does: name a manifest instead")
                 last = file[0]
                 yield file
 

@@ -13,20 +13,22 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from framestream.pipeline.atomic import TEMP_SUFFIX
 from framestream.pipeline.errors import SampleError, ShardError
 from framestream.pipeline.remote import Remote
 from framestream.pipeline.shard_index import ShardIndex
-from framestream.pipeline.shard_writer import TarShard
+from framestream.pipeline.shard_writer import FOLDER_INDEX, TarShard
 
-from .making import ClipTask, MadeClip, make_clip
+from .making import ClipTask, MadeClip, copy_of, make_clip
 from .output import Output
 from .plan_store import PlannedShard, PlanStore
 from .pool import Failure, WorkerPool
+from .set_files import LISTS
 from .shard_options import ShardOptions
-from .source_file import opened
 
 NOTE_VERSION = 2
 
@@ -61,11 +63,19 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Step:
-    """So many clips of units are done, `lost` of them could not be made; `outcome` where a unit is finished."""
+    """What has happened in making units.
+
+    Attributes:
+        clips: so many are done.
+        lost: of these, so many could not be made.
+        outcome: of a unit that is finished.
+        unfetched: why a unit was given up: what it needs could not be fetched. It can be made later.
+    """
 
     clips: int = 0
     lost: int = 0
     outcome: Outcome | None = None
+    unfetched: str = ""
 
 
 def unit_name(options: ShardOptions, shard: PlannedShard) -> str:
@@ -83,10 +93,13 @@ def units_of(plan: PlanStore, shards: Iterable[PlannedShard], options: ShardOpti
         yield Unit(unit_name(options, shard), shard.digest, tuple(tasks))
 
 
-def write_units(units: Iterable[Unit], output: Output, *, workers: int, timeout_s: float) -> Iterator[Step]:
+def write_units(
+    units: Iterable[Unit], output: Output, *, workers: int, timeout_s: float, reject_unfetched: bool = False
+) -> Iterator[Step]:
     """Make units with `workers` processes, clips of several at a time, and write their shards one after the other.
 
-    A clip whose decoder crashes or hangs is lost, and nothing else is.
+    A clip whose decoder crashes or hangs is lost, and nothing else is. A unit of which a source could not be fetched
+    is given up, or with `reject_unfetched` its clips are lost.
     """
     begun: deque[Unit] = deque()
 
@@ -97,17 +110,17 @@ def write_units(units: Iterable[Unit], output: Output, *, workers: int, timeout_
 
     with (
         tempfile.TemporaryDirectory(prefix="framestream-") as scratch,
-        WorkerPool(make_clip, workers=workers, timeout_s=timeout_s) as pool,
+        WorkerPool(make_clip, workers=workers, timeout_s=timeout_s, weigh=MadeClip.num_bytes) as pool,
     ):
         results = pool.map(tasks())
-        for task, result in results:
+        for first in results:
             unit = begun.popleft()
-            with _writing(unit, output, Path(scratch)) as writer:
-                yield Step(1, writer.take(task, result))
-                for _ in unit.tasks[1:]:
-                    yield Step(1, writer.take(*next(results)))
-                outcome = writer.close()
-            yield Step(outcome=outcome)
+            with _writing(unit, output, Path(scratch), reject_unfetched) as writer:
+                for task, result in chain([first], islice(results, len(unit.tasks) - 1)):
+                    yield Step(1, writer.take(task, result))
+                unfetched = writer.unfetched
+                outcome = None if unfetched else writer.close()
+            yield Step(outcome=outcome, unfetched=unfetched)
 
 
 @dataclass
@@ -115,24 +128,29 @@ class _Writer:
     unit: Unit
     output: Output
     scratch: Path
+    reject_unfetched: bool
     tar: TarShard | None = None
     seconds: float = 0.0
     lost: list[tuple[str, str]] = field(default_factory=list)
+    unfetched: str = ""
 
     def take(self, task: ClipTask, result: MadeClip | Failure) -> int:
         """Keep one clip; return 1 where it is lost."""
         if isinstance(result, Failure):
+            if result.storage and not self.reject_unfetched:
+                self.unfetched = self.unfetched or result.reason
+                return 0
             self.lost.append((task.clip.key, result.reason))
             return 1
+        if self.unfetched:
+            return 0
         members: dict[str, bytes | memoryview] = dict(result.members)
-        try:
-            if result.whole is not None:
-                ext, source = result.whole
-                with opened(source, task.remote) as file:
-                    members[ext] = file.data
-        except SampleError as err:
-            self.lost.append((task.clip.key, str(err)))
-            return 1
+        if result.whole is not None:
+            try:
+                members[result.whole.ext] = copy_of(result.whole, self.scratch / "whole")
+            except SampleError as err:
+                self.lost.append((task.clip.key, str(err)))
+                return 1
         if self.tar is None:
             self.tar = self.output.tar(f"{self.unit.name}.tar", self.scratch)
         self.tar.add(task.clip.key, members)
@@ -156,8 +174,8 @@ class _Writer:
 
 
 @contextmanager
-def _writing(unit: Unit, output: Output, scratch: Path) -> Iterator[_Writer]:
-    writer = _Writer(unit, output, scratch)
+def _writing(unit: Unit, output: Output, scratch: Path, reject_unfetched: bool) -> Iterator[_Writer]:
+    writer = _Writer(unit, output, scratch, reject_unfetched)
     try:
         yield writer
     finally:
@@ -178,6 +196,14 @@ def our_files(names: Iterable[str], prefix: str) -> list[str]:
     """Those file names that units of this prefix have; all others in the output are somebody's own."""
     unit = rf"{re.escape(prefix)}-[0-9]{{6,}}"
     ours = re.compile(rf"{unit}\.(tar|idx\.json)|\.{unit}\.lost\.json")
+    return [name for name in names if ours.fullmatch(name)]
+
+
+def unfinished(names: Iterable[str], prefix: str) -> list[str]:
+    """Those file names under which a killed run left half a file: of a unit, or of what stands beside the shards."""
+    unit = rf"\.?{re.escape(prefix)}-[0-9]{{6,}}\.(tar|idx\.json|lost\.json)"
+    lists = "|".join(re.escape(name) for name in (FOLDER_INDEX, *LISTS))
+    ours = re.compile(rf"\.({unit}|{lists})\.[0-9a-f-]+{re.escape(TEMP_SUFFIX)}")
     return [name for name in names if ours.fullmatch(name)]
 
 

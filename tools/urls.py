@@ -1,4 +1,4 @@
-"""Addresses of inputs: what is the path in them, what is beside it, and what should not be shown."""
+"""Addresses of inputs: what is the path in them, and what is beside it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import posixpath
 import re
 from urllib.parse import quote, unquote
 
+from framestream.pipeline.redaction import shown_url
 from framestream.pipeline.shard_paths import is_url
 
 
@@ -46,7 +47,7 @@ def quote_web(path: str) -> str:
 
 def path_in(url: str) -> str:
     """The path in a URL, below the host or bucket, as people read it."""
-    links = _without_query(url).split("::")
+    links = shown_url(url).split("::")
     path = next(link for link in links if "://" in link).partition("://")[2]
     if len(links) == 1:
         path = path.partition("/")[2] or path
@@ -56,11 +57,6 @@ def path_in(url: str) -> str:
 def suffix(path: str) -> str:
     """The extension of a local path or URL, in lower case, with its dot."""
     return os.path.splitext(path_in(path) if is_url(path) else path)[1].lower()
-
-
-def without_secrets(text: str) -> str:
-    """A path or URL as reports may show it: without the signature of a signed web address, or a password in it."""
-    return re.sub(r"(?<=://)[^/@]*@", "", _without_query(text)) if is_web(text) else text
 
 
 def _without_query(url: str) -> str:
