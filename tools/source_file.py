@@ -201,8 +201,9 @@ class _Downloaded:
             if not disk_full(err):
                 raise
             raise ConfigError(
-                f"{tempfile.gettempdir()} has no room for {shown_url(url)} ({size if size >= 0 else 'unknown'} bytes) while "
-                "it is read: free some, or name another folder for temporary files with TMPDIR; run again to go on from here"
+                f"{tempfile.gettempdir()} has no room for {shown_url(url)} ({size if size >= 0 else 'unknown'} bytes) "
+                "while it is read: free some, or name another folder for temporary files with TMPDIR; run again to go on "
+                "from here"
             ) from err
 
 
