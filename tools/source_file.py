@@ -202,8 +202,8 @@ class _Downloaded:
                 raise
             raise ConfigError(
                 f"{tempfile.gettempdir()} has no room for {shown_url(url)} ({size if size >= 0 else 'unknown'} bytes) "
-                "while it is read: free some, or name another folder for temporary files with TMPDIR; run again to go on "
-                "from here"
+                "while it is read: free some, or name another folder for temporary files with TMPDIR, and run again to "
+                "go on"
             ) from err
 
 
