@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from framestream.pipeline.errors import ShardError
+from framestream.pipeline.errors import ShardError, StorageError
 from framestream.pipeline.shards import ShardSet
+from framestream.tools import shard_run
 from framestream.tools.cli import main
 from framestream.tools.shard_job import Part, Unfinished
 from framestream.tools.shard_options import Cutting, Encoding, ShardOptions
@@ -126,6 +127,46 @@ def test_what_is_stored_is_kept_and_the_rest_made(storage: Storage, reference: d
         run(job, [storage.url])
     assert not any(line.startswith(("listing", "probing", "writing 0/")) for line in written)
     same_samples(stored(storage), reference)
+
+
+def test_a_source_that_cannot_be_fetched_is_no_reject_and_comes_the_next_time(
+    storage: Storage, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_run, "ATTEMPTS", 2)
+    settings: dict[str, Any] = {"workers": 1, "storage_options": storage.options}
+    storage.proxy.inject("a.mp4", "503", 2)
+    with pytest.raises(StorageError, match=r"1 sources could not be fetched; the first: .*a\.mp4"):
+        build_shards([storage.url], out_of(storage), OPTIONS, **settings)
+    job = shard_job(out_of(storage), OPTIONS, **settings)
+    with job.alone():
+        run(job, [storage.url], plan_only=True)
+    storage.proxy.inject("a.mp4", "503", 2)
+    with pytest.raises(StorageError, match=r"shards could not be made; the first: .*a\.mp4"):
+        build_shards([storage.url], out_of(storage), OPTIONS, **settings)
+    assert "report.json" not in stored(storage)
+    build_shards([storage.url], out_of(storage), OPTIONS, **settings)
+    same_samples(stored(storage), reference)
+
+
+def test_with_reject_unfetched_it_is_a_reject(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_run, "ATTEMPTS", 2)
+    storage.proxy.inject("a.mp4", "503", 99)
+    report = build_shards(
+        [storage.url], out_of(storage), OPTIONS, workers=1, storage_options=storage.options, reject_unfetched=True
+    )
+    assert report.inputs["rejected"] == 2
+    assert any("could not be fetched" in reject["reason"] for reject in report.rejects)
+
+
+def test_a_plan_whose_publication_was_cut_off_is_published_the_next_time(storage: Storage) -> None:
+    job = shard_job(out_of(storage), OPTIONS, workers=1, storage_options=storage.options)
+    with job.alone():
+        run(job, [storage.url], plan_only=True)
+        job.output.remove(".plan.sqlite")  # as if it had been killed before
+        run(job, [storage.url], plan_only=True)
+    assert ".plan.sqlite" in job.output.sizes("")
+    other = shard_job(out_of(storage) + "2", OPTIONS, workers=1, storage_options=storage.options)
+    assert other.place.folder != job.place.folder
 
 
 def test_storage_that_stays_away_is_a_sentence(storage: Storage) -> None:

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from framestream.pipeline.errors import ConfigError
+from framestream.tools.shard_job import Part
 from framestream.tools.shard_options import Cutting, ShardOptions
-from framestream.tools.shard_run import build_shards
+from framestream.tools.shard_run import build_shards, shard_job
 from framestream.tools.verify import verify_folder
 
 from shard_setup import make_folder, tree
@@ -257,6 +258,18 @@ def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(
     assert final(out) == {}
     assert start(videos, out, *more).wait() == 0
     assert tree(out) == tree(tmp_path / "undisturbed")
+
+
+def test_a_whole_run_and_parts_keep_out_of_each_others_way(videos: Path, tmp_path: Path) -> None:
+    part = shard_job(tmp_path, OPTIONS, workers=1)
+    with part.alone(Part(1, 3)):
+        with shard_job(tmp_path, OPTIONS, workers=1).alone(Part(2, 3)):
+            pass
+        for other in (None, Part(1, 3), Part(1, 2)):
+            with pytest.raises(ConfigError, match="another run"), shard_job(tmp_path, OPTIONS).alone(other):
+                pass
+    with part.alone():
+        pass
 
 
 def test_parts_make_what_one_run_makes(videos: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
