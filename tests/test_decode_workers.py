@@ -187,7 +187,8 @@ def test_a_worker_decodes_in_one_thread(shards: Path, backend: str, start: str) 
     with watched(lambda: [worker]) as seen:
         while len(seen) < 100:
             list(loader)
-    assert max(map(len, seen)) <= most + (backend == "decord")  # which has a timer for its process
+    timers = 2 * (backend == "decord")  # it has one for its process, and the last one may be just ending
+    assert max(map(len, seen)) <= most + timers
     assert not any(name.startswith("av:") for names in seen for name in names)
     loader.close()
 
