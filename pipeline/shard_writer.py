@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from .atomic import TEMP_SUFFIX, atomic_file, atomic_write
+from .atomic import atomic_file, atomic_write
 from .buffer_file import buffer_file
 from .errors import ConfigError, ShardError
 from .shard_index import (
@@ -159,12 +159,6 @@ def read_folder_index(data: bytes, name: str) -> dict[str, dict[str, Any]]:
         return listed
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as err:
         raise ShardError(f"{name} is damaged ({err!r}): run `framestream verify --repair-index`") from err
-
-
-def sweep_temporary(folder: Path) -> None:
-    """Remove the unfinished files that a killed writer left in `folder`."""
-    for path in folder.glob(f".*{TEMP_SUFFIX}"):
-        path.unlink(missing_ok=True)
 
 
 class ShardWriter:

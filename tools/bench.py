@@ -22,6 +22,7 @@ from .bench_model import attention, masks, packing
 from .bench_picture import draw_bars
 from .bench_rows import Row
 from .bench_table import print_rows
+from .cores import usable_cores
 
 
 def bench(
@@ -119,7 +120,7 @@ def bench(
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": threads,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "versions": _versions(),
         "repeats": repeats,
         **facts,

@@ -7,11 +7,10 @@ rest is arithmetic, and said to be an estimate. Nothing is written to the output
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -20,15 +19,16 @@ from typing import Any
 from framestream.pipeline.errors import ConfigError
 from framestream.pipeline.remote import Remote
 
+from .cores import usable_cores
 from .engines import NumberedProbe, probe_numbered
-from .inputs import Source, Unusable, list_inputs, nothing_found
+from .inputs import list_inputs, nothing_found
 from .making import ClipTask, encoder_version, make_clip
 from .plan_place import PLAN_FILE
 from .plan_store import PlanStore
 from .pool import Failure, WorkerPool
 from .probing import Probed, ProbeTask
 from .progress_pace import in_words
-from .shard_job import Progress
+from .shard_job import Progress, counted
 from .shard_options import ShardOptions
 from .units import units_of
 
@@ -101,14 +101,15 @@ def dry_run(
     progress: Progress | None = None,
 ) -> Forecast:
     """Say what `build_shards` would do. Raises ConfigError where that would."""
-    remote, workers = remote or Remote(), workers or os.cpu_count() or 1
+    remote, workers = remote or Remote(), workers or usable_cores()
     progress = progress or (lambda step, done, total, rejects: None)
     if options.transcode != "never":
         encoder_version(options)
     with tempfile.TemporaryDirectory(prefix="framestream-") as folder:
         other_files: Counter[str] = Counter()
         with PlanStore.create(Path(folder, "all" + PLAN_FILE), {}) as everything:
-            everything.add_inputs(_counted(list_inputs(inputs, remote=remote, other_files=other_files), progress))
+            items = list_inputs(inputs, remote=remote, other_files=other_files)
+            everything.add_inputs(counted(items, progress))
             if not everything.num_inputs:
                 raise ConfigError(nothing_found(inputs, other_files))
             everything.check_splits(options)
@@ -154,12 +155,6 @@ def _size(num_bytes: int) -> str:
     unit, size = ("TB", 1e12) if num_bytes >= 1e12 else ("GB", 1e9) if num_bytes >= 1e9 else ("MB", 1e6)
     value = num_bytes / size
     return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
-
-
-def _counted(items: Iterable[Source | Unusable], progress: Progress) -> Iterator[Source | Unusable]:
-    for number, item in enumerate(items, start=1):
-        yield item
-        progress("listing", number, None, 0)
 
 
 @dataclass

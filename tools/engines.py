@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from framestream.pipeline.errors import ConfigError
 
+from .cores import usable_cores
 from .output import Output
 from .pool import Failure, WorkerPool
 from .probing import Probed, ProbeTask, probe_source
@@ -96,8 +96,3 @@ class LocalEngine:
 
 def probe_numbered(probe: NumberedProbe) -> Probed:
     return probe_source(probe.task)
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

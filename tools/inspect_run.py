@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -16,6 +15,7 @@ from framestream.pipeline.shard_paths import is_url
 from framestream.pipeline.transforms import ClipTransform
 
 from .console import progress_bar
+from .cores import usable_cores
 from .inspect_clips import MAX_TIMED, view_clips
 from .inspect_mask import mask_facts
 from .inspect_page import Inspection
@@ -106,7 +106,7 @@ def look_at(target: Sequence[str], splits: Sequence[Split], options: InspectOpti
             read_facts(split, chosen, options.sampling, advance) for split, chosen in zip(splits, places, strict=True)
         ]
     flat = [(number, *place) for number, chosen in enumerate(places) for place in chosen]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     workers = options.workers or cores
     shown_clips = spread(options.sheets, len(flat))
     sheets, timing = view_clips(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import statistics
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ from framestream.pipeline.sampling import FastSlowSampling, make_sampling
 from framestream.pipeline.shard_paths import is_url
 
 from .config import TrainConfig
+from .cores import usable_cores
 from .loader_advice import STAGES, Examination, advice, limit_of
 from .train import build_loaders, build_tower, patches_of
 
@@ -100,7 +100,7 @@ def _run(loader: ClipLoader, config: TrainConfig, device: torch.device, seconds:
         ms={stage: sum(means[name] for name in names) for stage, names in STAGES.items()},
         busy_share=after["worker_busy_share"],
         workers=config.data.workers,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=usable_cores(),
         epoch_batches=len(loader),
         decode_on=loader.decode_on,
         gpu=device.type == "cuda",

@@ -11,7 +11,7 @@ from framestream.pipeline.cache import default_cache_dir
 from framestream.pipeline.errors import ConfigError
 
 from .output import LocalOutput, Output, RemoteOutput
-from .plan_schema import PlanError
+from .plan_schema import JOURNAL_SUFFIX, PlanError
 from .plan_store import PlanStore
 
 PLAN_FILE = ".plan.sqlite"
@@ -108,4 +108,4 @@ class PlanPlace:
 
 
 def _journal(path: Path) -> Path:
-    return path.with_name(path.name + "-journal")
+    return path.with_name(path.name + JOURNAL_SUFFIX)

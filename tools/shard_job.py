@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,12 +27,19 @@ from .probing import ProbeTask
 from .set_files import LISTS
 from .shard_options import ShardOptions
 from .shard_report import ShardReport, finish
-from .units import Outcome, files_of, finished, our_files, unfinished, unit_name, units_of
+from .units import Outcome, files_of, finished, in_split, our_files, unfinished, unit_name, units_of
 
 PLAN_VERSION = 2
 LOCK_FILE = ".lock"
 
 Progress = Callable[[str, int, int | None, int], None]  # step, done, of (None: not known yet), rejects
+
+
+def counted(items: Iterable[Source | Unusable], progress: Progress) -> Iterator[Source | Unusable]:
+    """The inputs, each told as it has been taken; how many there are is not known yet."""
+    for number, item in enumerate(items, start=1):
+        yield item
+        progress("listing", number, None, 0)
 
 
 class Part(NamedTuple):
@@ -160,14 +167,9 @@ class ShardJob:
         if not overwrite:
             self._clear([""])
         other_files: Counter[str] = Counter()
-
-        def counted() -> Iterator[Source | Unusable]:
-            for number, item in enumerate(list_inputs(inputs, remote=self.remote, other_files=other_files), start=1):
-                yield item
-                self.progress("listing", number, None, 0)
-
+        items = list_inputs(inputs, remote=self.remote, other_files=other_files)
         with PlanStore.create(self.place.new(), settings) as plan:
-            plan.add_inputs(counted(), other_files)
+            plan.add_inputs(counted(items, self.progress), other_files)
             self.progress("listing", plan.num_inputs, plan.num_inputs, plan.num_rejected)
             if not plan.num_inputs:
                 raise ConfigError(nothing_found(inputs, other_files))
@@ -192,7 +194,7 @@ class ShardJob:
             names = self.output.sizes(split)
             lists = [name for name in names if name in (FOLDER_INDEX, *(() if split else LISTS))]
             mine = [*lists, *our_files(names, prefix), *unfinished(names, prefix)] if ours else []
-            doomed += [f"{split}/{name}" if split else name for name in mine]
+            doomed += [in_split(split, name) for name in mine]
             for name in sorted(set(names) - set(mine)):
                 if name.endswith(".tar") or name in lists:
                     raise ConfigError(f"{self.output.place} has {name} from elsewhere: name an empty output folder")
@@ -271,13 +273,13 @@ class ShardJob:
                         "it for a part of the set"
                     )
             for name in unfinished(names, self.options.prefix):
-                self.output.remove(f"{split}/{name}" if split else name)
+                self.output.remove(in_split(split, name))
 
     def outcomes(self, plan: PlanStore, part: Part | None = None) -> Iterator[tuple[PlannedShard, Outcome | None]]:
         """All shards in order, or those of a part, with what became of them; None where that is still to come."""
         sizes: dict[str, int] = {}
         for split in plan.splits():
-            sizes |= {f"{split}/{name}" if split else name: n for name, n in self.output.sizes(split).items()}
+            sizes |= {in_split(split, name): n for name, n in self.output.sizes(split).items()}
 
         def wanted() -> Iterator[PlannedShard]:
             for number, shard in enumerate(plan.shards()):

@@ -13,7 +13,7 @@ from framestream.pipeline.shard_writer import FOLDER_INDEX, folder_index
 from .output import Output
 from .plan_store import PlanStore
 from .set_files import LEFT_OUT_FILE, REJECTS_FILE, REPORT_FILE
-from .units import Outcome
+from .units import Outcome, in_split
 
 REPORT_VERSION = 2
 FIRST_REJECTS = 100
@@ -97,8 +97,9 @@ def finish(plan: PlanStore, outcomes: Iterable[tuple[str, Outcome]], output: Out
     _write_lines(output, LEFT_OUT_FILE, plan.left_out())
     for name, totals in splits.items():
         output.prepare(name)
-        path = f"{name}/{FOLDER_INDEX}" if name else FOLDER_INDEX
-        output.write(path, folder_index(totals.shards, {"inputs": report.inputs, "clips": report.clips}))
+        output.write(
+            in_split(name, FOLDER_INDEX), folder_index(totals.shards, {"inputs": report.inputs, "clips": report.clips})
+        )
     output.write(REPORT_FILE, _json(report.to_json()))
     return report
 

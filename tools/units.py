@@ -78,9 +78,13 @@ class Step:
     unfetched: str = ""
 
 
+def in_split(split: str, name: str) -> str:
+    """How the output calls a file of a split; "" is the output itself."""
+    return f"{split}/{name}" if split else name
+
+
 def unit_name(options: ShardOptions, shard: PlannedShard) -> str:
-    name = f"{options.prefix}-{shard.number:06d}"
-    return f"{shard.split}/{name}" if shard.split else name
+    return in_split(shard.split, f"{options.prefix}-{shard.number:06d}")
 
 
 def units_of(plan: PlanStore, shards: Iterable[PlannedShard], options: ShardOptions, remote: Remote) -> Iterator[Unit]:

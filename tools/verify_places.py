@@ -13,9 +13,9 @@ from framestream.pipeline.remote import Remote
 from framestream.pipeline.shard_paths import is_url
 from framestream.pipeline.shard_writer import FOLDER_INDEX, read_folder_index
 
+from .set_files import REPORT_FILE
 from .verify_shard import ShardCheck
 
-REPORT_FILE = "report.json"
 P = TypeVar("P")
 
 

@@ -12,11 +12,10 @@ from framestream.pipeline.remote import Remote
 from framestream.pipeline.shard_paths import is_url
 from framestream.pipeline.shard_writer import FOLDER_INDEX
 
-from .verify_places import REPORT_FILE, Place, part
+from .set_files import LEFT_OUT_FILE, REJECTS_FILE, REPORT_FILE
+from .verify_places import Place, part
 from .verify_shard import ShardCheck
 
-REJECTS_FILE = "rejects.jsonl"
-LEFT_OUT_FILE = "left_out.jsonl"
 _SUMS = {
     "inputs": ("found", ("sampled", "rejected", "filtered", "duplicate")),
     "clips": ("planned", ("written", "rejected")),
