@@ -1,13 +1,12 @@
 """Attention of frames to frames, computed only where the mask allows it.
 
-Three ways to the same numbers. `ranges` runs plain scaled-dot-product attention on the key slices that each group
-of query tokens may see, so that no mask tensor exists and no masked score is computed; `flex` hands torch's
+Three ways to the same numbers. `ranges` runs plain scaled-dot-product attention on rectangles of allowed pairs, so that
+no mask tensor exists and no masked score is computed; `flex` hands torch's
 FlexAttention a precomputed block mask; `dense` is the reference with a boolean `[N, N]` mask.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
@@ -20,10 +19,11 @@ from torch import Tensor
 from framestream.pipeline.errors import ConfigError
 from framestream.pipeline.masks import FrameMask
 
+from .attention_tiles import Group
+from .range_attention import TiledRun, range_attention, taken
+
 BACKENDS = ("auto", "ranges", "dense", "flex")
 
-# One group of queries that see the same keys: (q_start, q_stop, ((k_start, k_stop), ...)), in tokens.
-Group = tuple[int, int, tuple[tuple[int, int], ...]]
 # Neighbouring clips of one pattern: (first clip, one past the last clip, their groups).
 Run = tuple[int, int, tuple[Group, ...]]
 
@@ -33,6 +33,7 @@ class AttentionPlan(NamedTuple):
 
     backend: str
     runs: tuple[Run, ...] = ()  # for "ranges"
+    tiles: tuple[TiledRun, ...] = ()  # what these runs mean for the kernels
     bias: Tensor | None = None  # for "dense": bool [N, N] or [B, 1, N, N]
     block_mask: Any = None  # for "flex"
     token_causal: bool = False  # inside a frame, a token sees only itself and those before it
@@ -81,7 +82,8 @@ def plan_attention(
             "use an unbatched mask, or one row for each clip"
         )
     if backend == "ranges":
-        return AttentionPlan("ranges", runs=_runs(mask, batch_size, token_causal), token_causal=token_causal)
+        runs = _runs(mask, batch_size, token_causal)
+        return ranges_plan(runs, token_causal=token_causal)
     if backend == "dense":
         allowed = mask.dense(device)
         if token_causal:
@@ -92,6 +94,12 @@ def plan_attention(
             raise ConfigError("token-level causal attention needs the backend 'ranges' or 'dense', not 'flex'")
         return AttentionPlan("flex", block_mask=mask.block_mask(device))
     raise ConfigError(f"unknown attention backend {backend!r}: use one of ranges, dense, flex")
+
+
+def ranges_plan(runs: tuple[Run, ...], *, token_causal: bool = False) -> AttentionPlan:
+    """The plan for `ranges` from runs of one's own: with a KV cache, queries and keys count from different places."""
+    tiles = () if token_causal else tuple(TiledRun.of(first, last, groups) for first, last, groups in runs)
+    return AttentionPlan("ranges", runs=runs, tiles=tiles, token_causal=token_causal)
 
 
 @lru_cache(maxsize=256)
@@ -154,20 +162,17 @@ def frame_attention(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask | Attention
     if plan.backend == "flex":
         return _flex(q, k, v, plan.block_mask)
     if plan.token_causal:
-        return _assemble(q, k, v, plan.runs, _token_causal_group)
-    if q.device.type == "cpu" and torch.is_grad_enabled():
-        return _RangeAttention.apply(q, k, v, plan.runs)
-    return _assemble(q, k, v, plan.runs, _plain_group)
+        return _token_causal(q, k, v, plan.runs)
+    return range_attention(q, k, v, plan.tiles or tuple(TiledRun.of(*run) for run in plan.runs))
 
 
-def _slices(x: Tensor, ranges: tuple[tuple[int, int], ...]) -> Tensor:
-    """Tokens of `ranges` of `x [b, H, N, Dh]`: a view where there is one range."""
-    parts = [x[:, :, a:b] for a, b in ranges]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-
-def _plain_group(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v)
+def _token_causal(q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...]) -> Tensor:
+    outs = []
+    for first, last, groups in runs:
+        kr, vr, qr = k[first:last], v[first:last], q[first:last]
+        parts = [_token_causal_group(qr[:, :, a:b], taken(kr, keys), taken(vr, keys)) for a, b, keys in groups]
+        outs.append(torch.cat(parts, dim=2))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=0)
 
 
 def _token_causal_group(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -175,82 +180,6 @@ def _token_causal_group(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     n, length = q.shape[2], k.shape[2]
     allowed = torch.ones(n, length, dtype=torch.bool, device=q.device).tril(length - n)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
-
-
-def _assemble(
-    q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...], attend: Callable[[Tensor, Tensor, Tensor], Tensor]
-) -> Tensor:
-    outs = []
-    for first, last, groups in runs:
-        kr, vr, qr = k[first:last], v[first:last], q[first:last]
-        parts = [attend(qr[:, :, a:b], _slices(kr, keys), _slices(vr, keys)) for a, b, keys in groups]
-        outs.append(torch.cat(parts, dim=2))
-    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=0)
-
-
-class _RangeAttention(torch.autograd.Function):
-    """All groups as one node of the graph, on the CPU's flash kernels.
-
-    Against one autograd node for each group this saves the zero-padded gradient that every slice would add to the
-    whole of k and v, and keeps concatenated keys only while they are used.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...]) -> Tensor:
-        scale = 1.0 / math.sqrt(q.shape[-1])
-        q, k, v = _last_dense(q), _last_dense(k), _last_dense(v)
-        out = torch.empty_like(q)
-        sums = torch.empty(q.shape[:3], dtype=_sum_dtype(q.dtype), device=q.device)  # log of softmax sums
-        for first, last, groups in runs:
-            kr, vr = k[first:last], v[first:last]
-            for a, b, keys in groups:
-                part, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    q[first:last, :, a:b], _slices(kr, keys), _slices(vr, keys), 0.0, False, scale=scale
-                )
-                out[first:last, :, a:b] = part
-                sums[first:last, :, a:b] = lse
-        ctx.save_for_backward(q, k, v, out, sums)
-        ctx.runs = runs
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, sums = ctx.saved_tensors
-        grad = _last_dense(grads[0])
-        scale = 1.0 / math.sqrt(q.shape[-1])
-        # Many groups add to one key: in half precision their sum would lose what the kernel kept.
-        dq = torch.empty_like(q)
-        dk, dv = torch.zeros_like(k, dtype=sums.dtype), torch.zeros_like(v, dtype=sums.dtype)
-        for first, last, groups in ctx.runs:
-            kr, vr, dkr, dvr = k[first:last], v[first:last], dk[first:last], dv[first:last]
-            for a, b, keys in groups:
-                dq_part, dk_part, dv_part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    grad[first:last, :, a:b],
-                    q[first:last, :, a:b],
-                    _slices(kr, keys),
-                    _slices(vr, keys),
-                    out[first:last, :, a:b],
-                    sums[first:last, :, a:b],
-                    0.0,
-                    False,
-                    scale=scale,
-                )
-                dq[first:last, :, a:b] = dq_part
-                at = 0
-                for start, stop in keys:
-                    dkr[:, :, start:stop] += dk_part[:, :, at : at + stop - start]
-                    dvr[:, :, start:stop] += dv_part[:, :, at : at + stop - start]
-                    at += stop - start
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None
-
-
-def _last_dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @lru_cache(maxsize=1)
