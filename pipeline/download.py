@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from .errors import ShardError
+from .redaction import shown_url
 from .remote import GiveUpError, Remote
 
 CHUNK_BYTES = 16 << 20  # asked for at once: what a broken connection costs, and what is in memory
@@ -67,7 +68,9 @@ def _in_ranges(remote: Remote, url: str, part: Path, num_bytes: int, sha256: str
 
             data = remote.call(url, chunk)
             if len(data) > stop - start:
-                raise ShardError(f"{url} has more than the {num_bytes} bytes that were expected: its index is stale")
+                raise ShardError(
+                    f"{shown_url(url)} has more than the {num_bytes} bytes that were expected: its index is stale"
+                )
             digest.update(data)
             rest = memoryview(data)
             while rest:

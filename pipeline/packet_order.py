@@ -32,8 +32,8 @@ class PacketOrder:
         start: int64 [T], the key packet from which decoding has to begin to get frame t.
         keys: int64 [K], key packets.
         leading: bool [P], packets shown before the key packet that they follow: there are some in open GOPs.
-        ordered: False where the container does not say in which order its frames are shown (H.264 in AVI). Then
-            `rank` counts packets, and only decoding from the first packet on tells which frame is which.
+        ordered: False where nothing says in which order frames are shown (H.264 coded as fields, in AVI). Then `rank`
+            counts packets, and only decoding from the first packet on tells which frame is which.
     """
 
     shown_at: np.ndarray

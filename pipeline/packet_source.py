@@ -45,6 +45,26 @@ def set_up(context: Any) -> Any:
     return context
 
 
+_BASELINE = 66  # H.264's profile without B-frames (ITU-T H.264, A.2.1)
+
+
+def knows_its_order(container: str, context: Any) -> bool:
+    """Whether a stream's headers say by how many frames showing lags behind decoding, so that nothing has to be decoded
+    to find out. H.264 may leave it open; FFmpeg then has 0 before it has decoded some.
+
+    Args:
+        container: FFmpeg's name.
+        context: the stream's codec context.
+    """
+    if context is None or not context.width or not container.startswith(("mov", "matroska")):
+        return False
+    codec = context.codec.canonical_name
+    if codec != "h264":
+        return codec in DECODERS
+    extradata = bytes(context.extradata or b"")
+    return context.reorder_depth > 0 or (extradata[:1] == b"\x01" and extradata[1:2] == bytes([_BASELINE]))
+
+
 class ContainerPackets:
     """Packets kept from one pass over an open container; frames carry the container's display matrix themselves."""
 

@@ -17,9 +17,10 @@ import numpy as np
 
 from .bitstream import begins_afresh, is_key, is_packed, shows_a_frame
 from .errors import DecodeError
+from .h264_order import PictureOrder, in_rhythm
 from .packet_marks import PacketMark
 from .packet_order import PacketOrder
-from .packet_source import ContainerPackets, set_up
+from .packet_source import ContainerPackets, knows_its_order, set_up
 from .packet_table import Deadline, PacketTable, check_size, label, reason_of
 from .presentation import NO_TIME, contradiction, frame_rate, is_ordered, leading_packets, parts_in_turn
 from .probe import MAX_SECONDS
@@ -39,10 +40,13 @@ def read_packets(
     deadline: Deadline,
     keep: bool = True,
     mark: bool = False,
+    quick: bool = False,
     digest: hashlib._Hash | None = None,
 ) -> PacketTable:
     """Demultiplex `source` once. With `keep=False` only the first packets stay in memory: enough for a look. With
-    `mark=True` the table has a `PacketMark` of each packet. `digest` is updated with the bytes of every packet.
+    `mark=True` the table has a `PacketMark` of each packet. `digest` is updated with the bytes of every packet. With
+    `quick=True` nothing is decoded at opening where that tells nothing that is needed; the stream then knows its pixel
+    format and colours only after its first frame.
 
     Raises:
         DecodeError: no known container, no video, damaged on the container level, impossible size, too slow.
@@ -56,13 +60,7 @@ def read_packets(
     if broken is not None:
         raise DecodeError(f"{label(name)}: the container is damaged at byte {broken}, where no element of its kind is.")
     try:
-        container = av.open(
-            source,
-            mode="r",
-            options={"format_whitelist": CONTAINERS, "protocol_whitelist": "none"},
-            metadata_errors="replace",
-            buffer_size=_BUFFER,
-        )
+        container = _opened(source, quick)
     except (av.error.FFmpegError, ValueError, OverflowError) as err:
         raise DecodeError(
             f"{label(name)}: not a readable video file ({reason_of(err)}); mp4, mov, mkv, webm, avi and ts are."
@@ -75,6 +73,26 @@ def read_packets(
     except BaseException:
         container.close()
         raise
+
+
+def _opened(source: BinaryIO, quick: bool) -> Any:
+    import av
+
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
+    if quick:
+        container = av.open(
+            source,
+            mode="r",
+            options={**options, "skip_frame": "all"},
+            metadata_errors="replace",
+            buffer_size=_BUFFER,
+        )
+        streams = container.streams.video
+        if len(streams) == 1 and knows_its_order(container.format.name, streams[0].codec_context):
+            return container
+        container.close()
+        source.seek(0)
+    return av.open(source, mode="r", options=options, metadata_errors="replace", buffer_size=_BUFFER)
 
 
 def _video_stream(container: Any, name: str) -> Any:
@@ -107,6 +125,7 @@ class _Demuxed:
     hidden_by_edits: int = 0
     closed_keys: bool = True
     marks: list[PacketMark] = field(default_factory=list)
+    untold: PictureOrder | None = None  # where the container does not say in which order its frames are shown
 
 
 def _packets(container: Any, stream: Any, name: str) -> Iterator[Any]:
@@ -122,6 +141,8 @@ def _demux(
     codec = stream.codec_context.codec.canonical_name
     extradata = bytes(stream.codec_context.extradata or b"")
     found = _Demuxed()
+    if container.format.name == "avi" and codec == "h264":  # which stores no times, so FFmpeg guesses them
+        found.untold = PictureOrder(extradata)
     count = 0
     for packet in _packets(container, stream, name):
         if packet.size == 0:
@@ -151,6 +172,8 @@ def _demux(
         found.duration.append(packet.duration or 0)
         if mark:
             found.marks.append(PacketMark.of(packet))
+        if found.untold is not None:
+            found.untold.add(bytes(packet))
         if digest is not None:
             digest.update(memoryview(packet))
         if keep or not found.keys or count - found.keys[0] < _HEAD:
@@ -187,9 +210,18 @@ def _table(
             raise DecodeError(f"{label(name)}: {len(apart)} of its {count} packets carry impossible times; damaged.")
     if found.hidden_by_edits and NO_TIME not in pts:
         pts = parts_in_turn(np.array(pts), np.array(found.decoded), np.array(found.duration), shown, keys).tolist()
-    reorders = stream.codec_context.has_b_frames > 0
-    ordered = is_ordered(pts, shown, guessed=container.format.name == "avi" and codec != "mpeg4" and reorders)
-    shown_at = np.array(pts if ordered else range(count), dtype=np.int64)
+    is_avi = container.format.name == "avi"
+    guessed = is_avi and codec != "mpeg4" and stream.codec_context.has_b_frames > 0
+    ordered = is_ordered(pts, shown, guessed=guessed)
+    decoded_at = np.array(found.decoded, dtype=np.int64)
+    place = None if found.untold is None else found.untold.places()
+    clocked = place is None and ordered
+    if clocked:
+        shown_at = np.array(pts, dtype=np.int64)
+    else:
+        ordered, place = place is not None, np.arange(count) if place is None else place
+        clocked = bool(NO_TIME not in found.decoded and (np.diff(decoded_at) > 0).all())
+        shown_at = in_rhythm(place, decoded_at, stream.codec_context.reorder_depth) if clocked else place
     wrong = contradiction(codec, shown_at, shown, keys, closed=found.closed_keys) if ordered else ""
     if wrong:
         raise DecodeError(f"{label(name)}: the times of its frames are damaged: {wrong}.")
@@ -207,15 +239,20 @@ def _table(
     for packet, index in zip(packets, order.rank.tolist(), strict=False):  # not all may be kept
         packet.pts, packet.dts = (index if index >= 0 else None), None
 
+    nominal = stream.average_rate or stream.guessed_rate or 0
+    if place is not None and clocked and len(position) > 1:  # an AVI's clock may tick many times for each frame
+        nominal = 1 / (int(np.median(np.diff(shown_at[position]))) * stream.time_base)
     fps, timestamps = frame_rate(
-        shown_at[position] if ordered else None,
+        shown_at[position] if clocked else None,
         tick=float(stream.time_base),
-        nominal=float(stream.average_rate or stream.guessed_rate or 0),
+        nominal=float(nominal),
         frames=len(position),
     )
     duration = len(position) / fps
     if timestamps is not None:
-        last = found.duration[position[-1]]
+        last = 0 if is_avi else found.duration[position[-1]]  # AVI says one tick of all
+        if codec == "vp9" and stream.duration:  # its parser says of all packets what the first one lasts
+            last = max(0, (stream.start_time or 0) + stream.duration - int(shown_at[position[-1]]))
         duration = float(timestamps[-1] + (last * stream.time_base if last else 1 / fps))
     if not 0 < duration < MAX_SECONDS:
         raise DecodeError(f"{label(name)}: its times span {duration:g} s, expected at most {MAX_SECONDS} s.")

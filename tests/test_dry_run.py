@@ -51,9 +51,21 @@ def test_rows_that_are_filtered_are_scaled_as_rows(manifest: Path) -> None:
     assert (short.clips, short.filtered) == (0, {"shorter than half a clip": 240})
 
 
+def test_open_groups_that_cannot_be_copied_are_foreseen(tmp_path: Path) -> None:
+    make_video(tmp_path / "v.mp4", num_frames=96, gop=24, size=(64, 48), open_gop=True)
+    cutting = Cutting(clip_seconds=1.0)
+    never = dry_run([str(tmp_path)], ShardOptions(cutting=cutting, transcode="never"), workers=1)
+    assert never.uncut == never.sampled_clips == 4
+    said = "\n".join(never.lines())
+    assert "4 of 4 sampled clips cannot be cut out without encoding: with --transcode auto they are encoded" in said
+    assert "may build on what comes before it" in said
+    auto = dry_run([str(tmp_path)], ShardOptions(cutting=cutting), workers=1)
+    assert (auto.uncut, auto.clips) == (0, 4)
+
+
 @pytest.mark.parametrize(
     ("num_bytes", "words"),
-    [(69_800, "0.0698 MB"), (999_000_000, "999 MB"), (1_230_000_000, "1.23 GB"), (4_560_000_000_000, "4.56 TB")],
+    [(69_800, "69.8 kB"), (999_000_000, "999 MB"), (1_230_000_000, "1.23 GB"), (4_560_000_000_000, "4.56 TB")],
 )
 def test_sizes_are_said_in_a_unit_that_fits(num_bytes: int, words: str) -> None:
     assert f"of together {words}" in "\n".join(replace(EMPTY, num_bytes=num_bytes).lines())

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from framestream.pipeline.errors import ConfigError, ShardError
 from framestream.pipeline.remote import Remote
 from framestream.tools.inputs import Source, Unusable, list_inputs, nothing_found, slug
+from framestream.tools.plan_store import PlanStore
 from framestream.tools.source_file import opened
 
 from remote_storage import QUICK, Storage, http_storage, s3_request, s3_server, s3_storage
@@ -195,10 +196,27 @@ def test_what_stops_at_once(tmp_path: Path) -> None:
             list(list_inputs([str(each) for each in inputs]))
 
 
+def test_dots_lead_out_of_the_folder_behind_a_link(tmp_path: Path) -> None:
+    """`link/../a.mp4` is beside the folder that the link leads to, and not beside the link."""
+    fill(tmp_path, ("a.mp4", "far/a.mp4", "far/a.txt", "far/in/b.mp4", "..c.mp4"))
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "in")
+    true, near = str(tmp_path / "far" / "a.mp4"), str(tmp_path / "a.mp4")
+    for wanted in ("link/../a.mp4", "link/./../*.mp4", "link/../[a]*"):
+        (source,) = listed(f"{tmp_path}/{wanted}")
+        assert (source.path, source.text) == (true, "far/a.txt")
+    assert names(listed(f"{tmp_path}/link/..")) == ["a.mp4", "in/b.mp4"]
+    assert [source.path for source in listed(f"{tmp_path}/far/../..c.mp4")] == [f"{tmp_path}/..c.mp4"]
+    manifest = write_rows(tmp_path / "m.jsonl", [{"path": "link/../a.mp4"}, {"path": "far/../a.mp4"}, {"path": near}])
+    with PlanStore.create(tmp_path / "plan", {}) as plan:
+        plan.add_inputs(list_inputs([str(manifest)]))
+        assert (plan.num_inputs, plan.num_usable) == (3, 2)  # the second and the third are the same
+
+
 def test_the_sentence_for_nothing() -> None:
     assert nothing_found(["x", "y"], {".md": 2, "": 1}).startswith(
         "there is no video in x, y (only other files: 1 without extension, 2 .md); videos end in .mp4"
     )
+    assert "SECRET" not in nothing_found(["s3://me:SECRET@b/x", "https://h/?sign=SECRET"], {})
 
 
 # --- manifests -------------------------------------------------------------------------------------------------------
@@ -257,9 +275,9 @@ def test_bad_rows_cost_themselves(tmp_path: Path) -> None:
     expected = [
         "gone.mp4: cannot be read", "row 2: its start is 'x', not a number", "row 3: its start is -1, not a time",
         "row 4: its end (1 s) is not after", "row 5: notes.md: md is none of", "row 6: it has no path",
-        "row 7: it has no path", "row 8: it has no path", "row 9: split '../x'",
+        "row 7: its path is 3, not a text", "row 8: it has no path", "row 9: split '../x'",
         "row 10: nonsense://h/a.mp4 cannot be opened", "row 11: simplecache::s3://b/a.mp4: fsspec's simplecache",
-        "pipe:cat a.mp4: cannot be read", ": cannot be read (embedded null byte)", "row 14: Out of range float",
+        "pipe:cat a.mp4: cannot be read", ": cannot be read (embedded null byte)", "row 14: its 'x' is, or has in it",
         "row 15: s3://b/a.md: md is none of", "row 16: it is no JSON", "row 18: it is a list",
     ]  # fmt: skip
     for told, words in zip(reasons(tmp_path / "m.jsonl"), expected, strict=True):
@@ -552,6 +570,22 @@ def test_archives_and_memory_are_storage_too(tmp_path: Path) -> None:
         assert (source.path, source.source, source.size) == ("memory://clips/x/a.mp4", "x/a.mp4", 3)
     finally:
         memory.rm("/clips", recursive=True)
+
+
+def test_a_protocol_is_checked_before_anything_is_connected_to() -> None:
+    """Kinds of storage that connect when they are made, and those whose package is not there, end at once."""
+    with pytest.raises(ConfigError, match="nonsense") as told:
+        next(list_inputs(["nonsense://me:SECRET@host/x.mp4"], remote=Remote(**QUICK)))
+    assert "SECRET" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["https://me:SECRET@127.0.0.1:9/m.csv?sign=SECRET", "https://127.0.0.1:9/m.csv?SECRET"]
+)
+def test_no_sentence_shows_a_secret(text: str) -> None:
+    with pytest.raises(ShardError) as told:
+        list(list_inputs([text], remote=Remote(attempts=1)))
+    assert "SECRET" not in str(told.value)
 
 
 # --- keys ------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from framestream.tools.set_files import REJECTS_FILE, REPORT_FILE
 
 from devtools import Browser, browser
 from page_checks import Page, page_text
-from remote_storage import http_storage
+from remote_storage import http_storage, s3_server, s3_storage
 from synthetic_shards import make_shards, small_video
 from tars import tiny_meta, tiny_video, write_tar
 
@@ -195,6 +195,16 @@ def test_remote_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert row(text, "Samples looked at") == ["4"]
     assert len(fetched) == 2
     assert "evenly spread over 2 shards" in text
+
+
+@pytest.mark.slow
+def test_shards_in_a_bucket_are_reached_with_storage_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FRAMESTREAM_CACHE", str(tmp_path / "cache"))
+    make_shards(tmp_path / "s", num_samples=2, samples_per_shard=2)
+    with s3_server() as server, s3_storage(tmp_path / "s", server, "clips") as storage:
+        text = made(storage.url, tmp_path / "page.html", sheets=1, storage_options=storage.options)
+    assert row(text, "Samples") == ["2"]
+    assert "the loader itself" in page_text(check(text))
 
 
 @pytest.mark.slow

@@ -562,3 +562,19 @@ def test_ctrl_c(tmp_path: Path) -> None:
     assert "framestream verify: stopped; nothing was changed" in said
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     assert list(scratch.iterdir()) == []
+
+
+def children() -> int:
+    """Processes that this one has begun and not yet seen end."""
+    return sum(len(path.read_text().split()) for path in Path("/proc/self/task").glob("*/children"))
+
+
+@pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="needs Linux")
+def test_as_many_processes_as_cores_that_it_may_run_on(folder: Path) -> None:
+    allowed, before, seen = os.sched_getaffinity(0), children(), set()
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        verify_folder(str(folder), progress=lambda done, total, bad: seen.add(children() - before))
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert max(seen) == 1

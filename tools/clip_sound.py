@@ -4,18 +4,33 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
 from typing import Any
 
 from framestream.pipeline.buffer_file import buffer_file
 from framestream.pipeline.errors import SampleError
+from framestream.pipeline.packet_table import reason_of
 from framestream.pipeline.packets import CONTAINERS
 
 IN_MP4 = ("aac", "mp3", "opus", "ac3", "eac3", "alac", "flac")  # what players expect in mp4
 AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000)
 AAC_BITS = 64_000  # a second, per channel
 _PREROLL_S = Fraction(1, 2)  # decoded before a stretch begins: coded sound builds on what was before
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """What FFmpeg says of the sound as a SampleError that says whose it is. Raises that."""
+    import av
+
+    try:
+        yield
+    except (av.error.FFmpegError, ValueError) as err:
+        raise SampleError(
+            f"{name}: its sound cannot be read ({reason_of(err)}); leave it out with --audio drop"
+        ) from err
 
 
 class SoundReader:
@@ -34,15 +49,14 @@ class SoundReader:
     def _open(self) -> None:
         import av
 
-        self._container: Any
-        try:
-            options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
-            self._container = av.open(buffer_file(self._data), options=options, metadata_errors="replace")
-        except (av.error.FFmpegError, ValueError) as err:
-            raise SampleError(f"{self.name}: its sound cannot be read ({err}); leave it out with audio=drop") from err
+        options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
+        with _readable(self.name):
+            self._container: Any = av.open(buffer_file(self._data), options=options, metadata_errors="replace")
         self.stream: Any = self._container.streams.best("audio") or self._container.streams.audio[0]
         if self.stream.codec_context is None:
-            raise SampleError(f"{self.name}: FFmpeg does not know the codec of its sound; leave it out with audio=drop")
+            raise SampleError(
+                f"{self.name}: FFmpeg does not know the codec of its sound; leave it out with --audio drop"
+            )
 
     @property
     def codec(self) -> str:
@@ -51,6 +65,10 @@ class SoundReader:
 
     def packets(self, start: Fraction, end: Fraction) -> Iterator[tuple[Fraction, Any]]:
         """The packets that sound between `start` and `end`, seconds from the first picture: (its beginning, packet)."""
+        with _readable(self.name):
+            yield from self._packets(start, end)
+
+    def _packets(self, start: Fraction, end: Fraction) -> Iterator[tuple[Fraction, Any]]:
         self._container.seek(max(0, int((start + self._begin) * 1_000_000)))
         timed = self._timed()
         first = next(timed, None)
@@ -75,7 +93,9 @@ class SoundReader:
                     context = self.stream.codec_context
                     if not context.is_open:
                         context.thread_count = 1
-                for frame in context.decode(packet):
+                with _readable(self.name):
+                    frames = context.decode(packet)
+                for frame in frames:
                     if frame.pts is not None:
                         yield frame.pts * frame.time_base - self._begin, frame
         finally:

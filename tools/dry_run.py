@@ -22,6 +22,7 @@ from framestream.pipeline.remote import Remote
 from .cores import usable_cores
 from .engines import NumberedProbe, probe_numbered
 from .inputs import list_inputs, nothing_found
+from .inspect_text import size
 from .making import ClipTask, encoder_version, make_clip
 from .plan_place import PLAN_FILE
 from .plan_store import PlanStore
@@ -34,6 +35,7 @@ from .units import units_of
 
 SAMPLED_SOURCES = 48
 SAMPLED_CLIPS = 24
+UNCUT = "transcode auto"  # in the reason of a clip that could only be had by encoding
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Forecast:
         clips, shards, seconds, num_bytes: of the result.
         probing_s, making_s: wall-clock time with `workers` processes of this machine.
         reasons: why sources and clips of the sample were rejected, with how many.
+        uncut: of `sampled_clips`, those that cannot be cut out without encoding them, which `transcode` never forbids.
     """
 
     inputs: int
@@ -67,6 +70,7 @@ class Forecast:
     making_s: float
     workers: int
     reasons: dict[str, int]
+    uncut: int = 0
 
     def lines(self) -> list[str]:
         """In words."""
@@ -80,11 +84,16 @@ class Forecast:
             f"  {self.rejected} inputs rejected, {sum(self.filtered.values())} filtered"
             + (f" ({', '.join(f'{n} by {rule}' for rule, n in self.filtered.items())})" if self.filtered else ""),
             f"  {self.clips} clips, {in_words(self.seconds)} of video, in {self.shards} shards of together "
-            f"{_size(self.num_bytes)}",
+            f"{size(self.num_bytes)}",
             f"  about {in_words(self.probing_s)} to probe and {in_words(self.making_s)} to make them "
             f"with {self.workers} processes on this machine",
         ]
         lines += [f"  rejected in the sample, {n} times: {reason}" for reason, n in self.reasons.items()]
+        if self.uncut:
+            lines.append(
+                f"  {self.uncut} of {self.sampled_clips} sampled clips cannot be cut out without encoding: with "
+                "--transcode auto they are encoded, with --transcode never they are lost"
+            )
         return [*lines, "nothing was written"]
 
     def to_json(self) -> dict[str, Any]:
@@ -147,14 +156,8 @@ def dry_run(
         making_s=planned * made.each_s() / workers,
         workers=workers,
         reasons=dict((probed.reasons + made.reasons).most_common(5)),
+        uncut=made.uncut,
     )
-
-
-def _size(num_bytes: int) -> str:
-    """Bytes with three digits: `1.23 GB`, `45.6 MB`."""
-    unit, size = ("TB", 1e12) if num_bytes >= 1e12 else ("GB", 1e9) if num_bytes >= 1e9 else ("MB", 1e6)
-    value = num_bytes / size
-    return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
 @dataclass
@@ -166,6 +169,7 @@ class _Seen:
     took_s: float = 0.0
     num_bytes: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
+    uncut: int = 0
 
     def each_s(self) -> float:
         """Of a process, for one thing."""
@@ -215,6 +219,7 @@ def _make(
             seen.count += 1
             if isinstance(result, Failure):
                 seen.fail(naming_once(result.reason, task.clip.source.source))
+                seen.uncut += UNCUT in result.reason
             else:
                 seen.took_s += result[0]
                 seen.num_bytes += result[1]

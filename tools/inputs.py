@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
-import math
 import os
 import posixpath
 import re
@@ -29,14 +27,13 @@ from framestream.pipeline.shard_paths import SHELL_OPENER, is_url
 from framestream.pipeline.shards import VIDEO_EXTENSIONS
 
 from .folders import File, Folder, matching, walk
+from .manifest_row import part_of, path_of, split_of, user_of, word
 from .manifests import MANIFESTS, manifest_rows
 from .source_file import MAX_TEXT_BYTES, stat_remote
 from .trees import LocalTree, RemoteTree, Tree, Unusable, local_version, readable
-from .urls import denied, is_web, local_path, path_in, relative_url, split_pattern, suffix
+from .urls import absolute, denied, is_web, local_path, path_in, relative_url, split_pattern, suffix
 
-COLUMNS = ("path", "text", "key", "split", "start", "end")  # of a manifest; all others go to `user`
 _SLUG_LENGTH = 60
-_SPLIT = re.compile(r"[A-Za-z0-9_-]{1,40}")
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,9 @@ def list_inputs(
     lister = _Lister(remote or Remote(), Counter() if other_files is None else other_files)
     for text in map(os.fspath, inputs):
         if SHELL_OPENER.match(text):
-            raise ConfigError(f"{text!r} asks for a shell command; framestream reads files and fsspec URLs only")
+            raise ConfigError(
+                f"{shown_url(text)!r} asks for a shell command; framestream reads files and fsspec URLs only"
+            )
         yield from lister.remote_input(text) if is_url(text) else lister.local_input(text)
 
 
@@ -98,7 +97,7 @@ def nothing_found(inputs: Sequence[str], other_files: Mapping[str, int]) -> str:
     """The sentence for inputs without a single video."""
     others = ", ".join(f"{n} {ext or 'without extension'}" for ext, n in sorted(other_files.items()))
     return (
-        f"there is no video in {', '.join(map(str, inputs))}"
+        f"there is no video in {', '.join(shown_url(os.fspath(each)) for each in inputs)}"
         + (f" (only other files: {others})" if others else "")
         + f"; videos end in {_extensions()}"
     )
@@ -110,7 +109,7 @@ class _Lister:
         self.protocols: set[str] = set()  # of URLs in manifests, those that were found to be usable
 
     def local_input(self, text: str) -> Iterator[Source | Unusable]:
-        path = os.path.abspath(os.path.expanduser(local_path(text)))  # for workers and runs in other folders
+        path = absolute(os.path.expanduser(local_path(text)))  # for workers and runs in other folders
         if os.path.isdir(path):
             yield from self._folder(LocalTree(), path)
         elif suffix(path) in MANIFESTS and os.path.isfile(path):
@@ -124,7 +123,7 @@ class _Lister:
             yield from self._matches(text, LocalTree(), base, parts[fixed:])
 
     def remote_input(self, url: str) -> Iterator[Source | Unusable]:
-        self.remote.filesystem(url)  # raises ConfigError for what fsspec does not know
+        check_protocol(url)  # raises ConfigError for what fsspec does not know, without connecting
         tree = RemoteTree(self.remote, web=is_web(url))
         base, pattern = split_pattern(url)
         if pattern:
@@ -218,27 +217,17 @@ class _Lister:
 
     def _of_row(self, manifest: str, row: Mapping[str, Any]) -> Source:
         """One row of a manifest. Raises ValueError, in words, when it cannot be used."""
-        name = row.get("path")
-        if not isinstance(name, str) or not name.strip():
-            raise ValueError("it has no path")
+        name = path_of(row)
         ext = suffix(name)[1:]
         if ext not in VIDEO_EXTENSIONS:
             raise ValueError(f"{name}: {ext or 'no extension'} is none of {', '.join(VIDEO_EXTENSIONS)}")
-        split = str(row.get("split") or "")
-        if split and not _SPLIT.fullmatch(split):
-            raise ValueError(f"split {split!r} is no plain folder name")
-        start, end = _seconds(row, "start"), _seconds(row, "end")
-        if end is not None and end <= (start or 0.0):
-            raise ValueError(f"its end ({end:g} s) is not after its start ({start or 0.0:g} s)")
+        split, (start, end) = split_of(row), part_of(row)
         path = self._place(manifest, name)
-        text = row.get("text")
-        text = None if text is None or text == "" else str(text)
+        text = word(row, "text") or None
         shown = path_in(name) if is_url(name) else name
-        key = str(row.get("key") or "") or os.path.splitext(shown)[0].lstrip("/.")
-        user = {k: v for k, v in row.items() if k not in COLUMNS and v is not None}
-        json.dumps(user, allow_nan=False)  # raises ValueError for what the metadata could not hold
+        key = word(row, "key") or os.path.splitext(shown)[0].lstrip("/.")
         beside = None if text is not None or is_url(path) else _sidecar(path)
-        return Source(path, readable(shown_url(name)), slug(key), text, beside, split, start, end, user)
+        return Source(path, readable(shown_url(name)), slug(key), text, beside, split, start, end, user_of(row))
 
     def _place(self, manifest: str, name: str) -> str:
         """Where a row's video is. Raises ValueError for a URL that cannot be used."""
@@ -304,16 +293,3 @@ def slug(name: str) -> str:
 
 def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _seconds(row: Mapping[str, Any], column: str) -> float | None:
-    value = row.get(column)
-    if value is None or value == "":
-        return None
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"its {column} is {value!r}, not a number of seconds") from None
-    if not math.isfinite(seconds) or seconds < 0:
-        raise ValueError(f"its {column} is {value!r}, not a time in the video")
-    return seconds

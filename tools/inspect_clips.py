@@ -1,13 +1,11 @@
-"""A few clips as the model will see them, and how long making one takes; decoded in processes of their own."""
+"""A few clips as the model will see them; decoded in processes of their own."""
 
 from __future__ import annotations
 
 import base64
 import io
-import os
-import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,8 +22,6 @@ from .pool import Failure, WorkerPool
 
 THUMB = 120  # pixels
 CLIP_TIMEOUT_S = 120.0  # for one clip, fetching it included
-MAX_TIMED = 200  # clips beside the sheets
-MAX_TIMED_FAILURES = 10  # beside the sheets
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,6 @@ class SeenClip:
         frame_index, frame_time, stream, valid: of each frame of the sequence, as in a batch.
         thumbs: data URI of each frame's picture; () where none were asked for.
         seconds: that reading, decoding and transforming it took.
-        process: the one that made it.
     """
 
     text: str
@@ -60,7 +55,6 @@ class SeenClip:
     valid: tuple[bool, ...]
     thumbs: tuple[str, ...]
     seconds: float
-    process: int
 
     def layout(self, patches: int) -> FrameLayout:
         """What stands where in its sequence, with `patches` tokens per frame."""
@@ -78,30 +72,6 @@ class Sheet:
     key: str
     clip: SeenClip | None
     fault: str = ""
-
-
-@dataclass(frozen=True)
-class Timing:
-    """How long clips took.
-
-    Attributes:
-        clips: that were timed.
-        failed: that could not be made, of `clips + failed + warm_up` tried.
-        mean, deviation: seconds per clip, and the standard deviation of one.
-        warm_up: clips that are not counted, the first of each process.
-        processes: that were at work at the same time.
-    """
-
-    clips: int
-    failed: int
-    mean: float
-    deviation: float
-    warm_up: int
-    processes: int
-
-    def epoch(self, samples: int, workers: int) -> float:
-        """Seconds for `samples` clips if `workers` processes share them evenly, as fast as those that were timed."""
-        return self.mean * samples / workers
 
 
 def view_clip(task: ViewTask) -> SeenClip:
@@ -124,7 +94,6 @@ def view_clip(task: ViewTask) -> SeenClip:
         valid=tuple(clip["frame_valid"].tolist()),
         thumbs=tuple(thumbnail(frame, task.thumb) for frame in clip["frames"]) if task.thumb else (),
         seconds=seconds,
-        process=os.getpid(),
     )
 
 
@@ -146,61 +115,23 @@ def view_sample(shards: ShardSet, shard: int, sample: int, transform: ClipTransf
 
 
 def view_clips(
-    splits: Sequence[Split],
-    sheets: Sequence[tuple[int, int, int]],
-    timed: Sequence[tuple[int, int, int]],
-    transform: ClipTransform,
-    seconds: float,
-    processes: int,
-) -> tuple[list[Sheet], Timing | None]:
-    """Make the clips of the sheets, and then others for so many seconds.
+    splits: Sequence[Split], places: Sequence[tuple[int, int, int]], transform: ClipTransform, processes: int
+) -> list[Sheet]:
+    """Make the clips of the sheets, one for each place.
 
     Args:
         splits: what the places count in.
-        sheets, timed: (split, shard, sample) of each clip.
+        places: (split, shard, sample) of each clip.
         transform: makes the clips.
-        seconds: no further clip of `timed` is begun so long after the first clip was ready.
-        processes: at work at the same time, because cores share caches and memory, and may have other work.
-
-    Returns:
-        A sheet for each place of `sheets`, and the timing; None where no clip could be made.
+        processes: at work at the same time.
     """
-    durations: list[float] = []
-    warm: set[int] = set()  # processes that have made a clip: the first one finds nothing loaded
-    warm_up = 0.0
-    results: list[Sheet] = []
-    failed = failed_late = 0  # of all clips, of those beside the sheets
-    ready = float("inf")
-
-    def tasks() -> Iterator[ViewTask]:
-        for split, shard, sample in sheets:
-            yield ViewTask(splits[split].shards, shard, sample, transform, THUMB)
-        for split, shard, sample in timed:
-            if time.monotonic() - ready >= seconds or failed_late >= MAX_TIMED_FAILURES:
-                return
-            yield ViewTask(splits[split].shards, shard, sample, transform)
-
+    tasks = [ViewTask(splits[split].shards, shard, sample, transform, THUMB) for split, shard, sample in places]
+    sheets: list[Sheet] = []
     with WorkerPool(view_clip, workers=processes, timeout_s=CLIP_TIMEOUT_S) as pool:
-        for number, (task, result) in enumerate(pool.map(tasks())):
-            ready = min(ready, time.monotonic())
+        for (split, _, _), (task, result) in zip(places, pool.map(tasks), strict=True):
             clip, fault = (None, shown(result.reason)) if isinstance(result, Failure) else (result, "")
-            if clip is not None and clip.process in warm:
-                durations.append(clip.seconds)
-            elif clip is not None:
-                warm.add(clip.process)
-                warm_up = clip.seconds
-            else:
-                failed += 1
-                failed_late += number >= len(sheets)
-            if number < len(sheets):
-                name = splits[sheets[number][0]].name
-                results.append(Sheet(name, task.shards.names[task.shard], _key(task), clip, fault))
-    if not warm:
-        return results, None
-    counted = durations or [warm_up]  # of so few clips that none was left, the last
-    deviation = statistics.stdev(counted) if len(counted) > 1 else 0.0
-    cold = len(warm) - (not durations)
-    return results, Timing(len(counted), failed, statistics.mean(counted), deviation, cold, len(warm))
+            sheets.append(Sheet(splits[split].name, task.shards.names[task.shard], _key(task), clip, fault))
+    return sheets
 
 
 def _key(task: ViewTask) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from framestream.pipeline.atomic import atomic_write
 from framestream.pipeline.errors import ConfigError, ShardError
@@ -39,6 +39,7 @@ def inspect(
     layers: int = LAYERS,
     workers: int = 0,
     seconds: float = 5.0,
+    storage_options: dict[str, Any] | None = None,
 ) -> int:
     """Look at shards before training on them: a page about all of them, or one sample in the terminal.
 
@@ -77,7 +78,8 @@ def inspect(
         patches: tokens per frame, for the mask.
         layers: of the model, through which a target could leak.
         workers: processes that the time of an epoch is estimated for; 0 takes one per CPU core.
-        seconds: how long clips are decoded for that estimate.
+        seconds: how long the loader runs for that estimate.
+        storage_options: settings of the storage that a URL names, as JSON; they are passed to fsspec.
 
     Returns:
         Exit code: 0 done, 1 the sample is broken, 2 there is no such key, no such shards, or the request is wrong.
@@ -98,6 +100,7 @@ def inspect(
         layers=layers,
         workers=workers,
         seconds=seconds,
+        storage_options=storage_options,
     )
     transform = options.transform  # says now what is impossible
     if output is None and len(target) != 2:
@@ -107,7 +110,7 @@ def inspect(
         )
     page = None if output is None else _page(output)
     try:
-        splits = open_splits(target if page else target[:1])
+        splits = open_splits(target if page else target[:1], storage_options)
     except ShardError as err:
         print(f"framestream inspect: {err}", file=sys.stderr)
         return 2

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from . import inspect_figures as figures
-from .inspect_clips import Sheet, Timing
+from .inspect_clips import Sheet
 from .inspect_mask import MaskFacts
 from .inspect_rejects import Account
 from .inspect_summary import KINDS, MARKS, NUMBERS, Facts
 from .inspect_text import counted, harmless, long_time, shown, size
+from .inspect_timing import Timing
 
 MAX_KINDS = 8  # rows of a table of kinds; the others are one row
 MAX_REASONS = 20  # groups of rejects
@@ -30,7 +31,7 @@ class Inspection:
         target: what was asked for, in words.
         facts: of each split.
         sheets: a few clips.
-        timing: of making clips; None where none could be made.
+        timing: of the loader; None where it gave no clip.
         workers: that an epoch is estimated for.
         mask: of the chosen settings; None where no clip could be made.
         account: of the inputs; None where the target is no folder.
@@ -87,11 +88,11 @@ def findings(seen: Inspection) -> list[str]:
             f"Half of the videos are {np.median(side):.0f} pixels or more on their short side, and the model sees "
             f"{seen.image_size}: `framestream shard --short-side {seen.image_size}` writes smaller ones."
         )
-    if seen.timing is None:
-        said.append(f"None of the {counted(len(seen.sheets), 'clip')} that were decoded for this page can be used.")
-    elif seen.timing.failed:
-        tried = seen.timing.clips + seen.timing.warm_up + seen.timing.failed
-        said.append(f"{seen.timing.failed} of {tried} clips that were decoded for this page cannot be used.")
+    failed = sum(sheet.clip is None for sheet in seen.sheets)
+    if failed == len(seen.sheets):
+        said.append(f"None of the {counted(failed, 'clip')} that were decoded for this page can be used.")
+    elif failed:
+        said.append(f"{failed} of {len(seen.sheets)} clips that were decoded for this page cannot be used.")
     if problems := sum(each.num_problems for each in facts):
         said.append(f"{counted(problems, 'problem')} of the shards are worked round; they are listed at the end.")
     if seen.mask is not None and seen.mask.leaking:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from framestream.pipeline.errors import ConfigError
 from framestream.pipeline.masks import check_rule
@@ -16,17 +16,18 @@ from framestream.pipeline.transforms import ClipTransform
 
 from .console import progress_bar
 from .cores import usable_cores
-from .inspect_clips import MAX_TIMED, view_clips
+from .inspect_clips import view_clips
 from .inspect_mask import mask_facts
 from .inspect_page import Inspection
 from .inspect_rejects import Account, read_account
 from .inspect_splits import Split, chosen_places, spread
 from .inspect_summary import read_facts
 from .inspect_text import shown
+from .inspect_timing import time_loader
 from .results import versions
 
 MAX_SHEETS = 50
-MAX_PROCESSES = 8  # that are started to see how fast clips are made
+MAX_PROCESSES = 8  # that make the clips of the sheets
 LAYERS = 3  # of the model, where nothing else is said; its configuration is not imported for it
 
 
@@ -45,7 +46,8 @@ class InspectOptions:
         patches: tokens per frame.
         layers: of the model, through which a target could leak.
         workers: that the time of an epoch is estimated for; 0 for one per CPU core.
-        seconds: how long clips are decoded for that estimate.
+        seconds: how long the loader runs for that estimate.
+        storage_options: settings of the storage that a URL names.
     """
 
     sheets: int = 6
@@ -59,6 +61,7 @@ class InspectOptions:
     layers: int = LAYERS
     workers: int = 0
     seconds: float = 5.0
+    storage_options: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_rule(self.mask)
@@ -106,17 +109,12 @@ def look_at(target: Sequence[str], splits: Sequence[Split], options: InspectOpti
             read_facts(split, chosen, options.sampling, advance) for split, chosen in zip(splits, places, strict=True)
         ]
     flat = [(number, *place) for number, chosen in enumerate(places) for place in chosen]
-    cores = usable_cores()
-    workers = options.workers or cores
-    shown_clips = spread(options.sheets, len(flat))
-    sheets, timing = view_clips(
-        splits,
-        [flat[k] for k in shown_clips],
-        [flat[k] for k in _mixed(set(spread(MAX_TIMED, len(flat))) - set(shown_clips))],
-        options.transform,
-        options.seconds,
-        min(workers, MAX_PROCESSES),
-    )
+    workers = options.workers or usable_cores()
+    chosen_clips = [flat[k] for k in spread(options.sheets, len(flat))]
+    sheets = view_clips(splits, chosen_clips, options.transform, min(workers, MAX_PROCESSES))
+    with progress_bar("timing the loader", 1, quiet=quiet) as show:
+        timing = time_loader(splits, places, options, workers) if any(sheet.clip for sheet in sheets) else None
+        show(1, "runs")
     return Inspection(
         target=shown(", ".join(target), 400),
         facts=facts,
@@ -130,11 +128,6 @@ def look_at(target: Sequence[str], splits: Sequence[Split], options: InspectOpti
         versions=list(versions().items()),
         created=time.strftime("%Y-%m-%d %H:%M"),
     )
-
-
-def _mixed(places: set[int]) -> list[int]:
-    """In an order of which any beginning is spread over all, the same every time: the time may be over early."""
-    return sorted(places, key=lambda place: (hashlib.sha256(str(place).encode()).digest(), place))
 
 
 def _account(target: Sequence[str]) -> Account | None:

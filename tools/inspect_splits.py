@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from framestream.pipeline.errors import ConfigError, ShardError
 from framestream.pipeline.shard_paths import is_url
@@ -28,20 +29,22 @@ class Split:
         return local + sum(self.shards.remote_bytes)
 
 
-def open_splits(target: Sequence[str]) -> list[Split]:
+def open_splits(target: Sequence[str], storage_options: dict[str, Any] | None = None) -> list[Split]:
     """The splits of a target: of a folder those in it that hold shards, and its own shards as ""; else one, "".
 
+    Args:
+        storage_options: settings of the storage that a URL names.
     Raises:
         ConfigError, ShardError: as `ShardSet.open` does.
     """
     if len(target) != 1:
-        return [Split("", ShardSet.open(list(target)))]
+        return [Split("", ShardSet.open(list(target), storage_options=storage_options))]
     place = target[0]
     if is_url(place):
         try:
-            return [Split("", ShardSet.open(place))]
+            return [Split("", ShardSet.open(place, storage_options=storage_options))]
         except ShardError as err:
-            splits = list(_remote_splits(place))
+            splits = list(_remote_splits(place, storage_options))
             if not splits:
                 raise err from None
             return splits
@@ -53,10 +56,10 @@ def open_splits(target: Sequence[str]) -> list[Split]:
     return splits
 
 
-def _remote_splits(place: str) -> Iterator[Split]:
+def _remote_splits(place: str, storage_options: dict[str, Any] | None) -> Iterator[Split]:
     for name in REMOTE_SPLITS:
         try:
-            yield Split(name, ShardSet.open(f"{place.rstrip('/')}/{name}"))
+            yield Split(name, ShardSet.open(f"{place.rstrip('/')}/{name}", storage_options=storage_options))
         except ShardError:
             continue
 

@@ -10,6 +10,7 @@ from decimal import Decimal
 from typing import Any, TextIO
 
 from framestream.pipeline.errors import ConfigError, FramestreamError
+from framestream.pipeline.redaction import shown_url
 from framestream.pipeline.remote import Remote
 from framestream.pipeline.shard_paths import is_url
 
@@ -40,9 +41,9 @@ def manifest_rows(path: str, kind: str, remote: Remote) -> Iterator[Row]:
         return
     try:
         with fetched(path, remote) as local:
-            yield from _checked(local, path, kind)
+            yield from _checked(local, shown_url(path), kind)
     except FileNotFoundError as err:
-        raise ConfigError(f"input {path} does not exist: check the path") from err
+        raise ConfigError(f"input {shown_url(path)} does not exist: check the path") from err
 
 
 def _checked(path: str, name: str, kind: str) -> Iterator[Row]:

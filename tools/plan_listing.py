@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -14,7 +15,7 @@ from framestream.pipeline.shard_paths import is_url
 
 from .inputs import Source, Unusable, slug
 from .plan_schema import LISTED, listed_row, scratch
-from .urls import path_in
+from .urls import absolute, path_in
 
 _COLUMNS = ", ".join(LISTED)
 _IN_WORDS = {"wanted_key": "key", "text_file": "text file", "start_s": "start", "end_s": "end", "user": "metadata",
@@ -36,10 +37,11 @@ def write_inputs(db: sqlite3.Connection, items: Iterable[Source | Unusable]) -> 
 
 
 def _rows(db: sqlite3.Connection, items: Iterable[Source | Unusable]) -> Iterator[tuple[Any, ...]]:
+    folder = lru_cache(maxsize=1024)(absolute)  # links are followed once
     for number, item in enumerate(items):
         key = first = video = probe = None
         if isinstance(item, Source):
-            path, text_file = _place(item.path), _place(item.text_file)
+            path, text_file = _place(item.path, folder), _place(item.text_file, folder)
             part = [None if seconds is None else float(seconds) for seconds in (item.start, item.end)]
             first = _first(db, "named", [path, *part, item.text, text_file, _given_key(item)], number)
             video = _first(db, "videos", [path], number)
@@ -49,9 +51,12 @@ def _rows(db: sqlite3.Connection, items: Iterable[Source | Unusable]) -> Iterato
         yield (number, *listed_row(item), key, first, video, probe)
 
 
-def _place(path: str | None) -> str | None:
+def _place(path: str | None, folder: Callable[[str], str]) -> str | None:
     """A path however it is written; URLs as they are."""
-    return path if path is None or is_url(path) else os.path.abspath(path)
+    if path is None or is_url(path):
+        return path
+    head, name = os.path.split(path)
+    return os.path.join(folder(head), name)
 
 
 def _given_key(source: Source) -> str:

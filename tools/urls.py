@@ -21,6 +21,16 @@ def local_path(text: str) -> str:
     return text.removeprefix("file://").removeprefix("local://")
 
 
+def absolute(path: str) -> str:
+    """A local path from the root on. As for the system, `..` leads out of the folder behind which it stands, also where
+    that is a link to a folder elsewhere."""
+    path = os.path.join(os.getcwd(), path)
+    at = path.rfind("/..")
+    while at >= 0 and path[at + 3 : at + 4] not in ("", "/"):  # a name that begins with two dots
+        at = path.rfind("/..", 0, at)
+    return os.path.abspath(path if at < 0 else os.path.realpath(path[: at + 3]) + path[at + 3 :])
+
+
 def join_url(url: str, name: str) -> str:
     """The URL of something in the folder `url`; of a chain (`zip://a::s3://b/c.zip`) the first link is the path."""
     head, sep, rest = url.partition("::")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,11 +15,11 @@ from framestream.pipeline.shard_index import index_path
 from framestream.pipeline.shard_paths import is_url
 from framestream.pipeline.shard_writer import FOLDER_INDEX, folder_index
 
+from .cores import usable_cores
 from .pool import Failure, WorkerPool
 from .verify_keys import Keys
 from .verify_places import Place, find_places, folder_index_problems, stray_files
 from .verify_shard import (
-    Decode,
     SampleCheck,
     SampleTask,
     ShardCheck,
@@ -32,6 +31,7 @@ from .verify_shard import (
     with_samples,
 )
 from .verify_totals import copy_problems, total_problems
+from .verify_video import Decode
 
 TIMEOUT_S = 3600.0  # for one shard
 CLIP_TIMEOUT_S = 600.0  # for one clip of a shard that could not be checked as a whole
@@ -94,7 +94,7 @@ def verify_folder(
         raise ConfigError(f"{root} is remote and nothing is written there: repair a local copy and upload its indexes")
     remote = Remote(dict(storage_options or {}))
     places = find_places(root, remote)
-    job = _Job(places, VerifyReport(), repair_index, workers or os.cpu_count() or 1, timeout_s, progress)
+    job = _Job(places, VerifyReport(), repair_index, workers or usable_cores(), timeout_s, progress)
     with tempfile.TemporaryDirectory(prefix="framestream-verify-") as scratch, Keys() as keys:
         tasks = [
             ShardTask(f"{place.path}/{name}", decode, decode_share, remote, f"{scratch}/{number}-{name}", size)
