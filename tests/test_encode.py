@@ -22,7 +22,7 @@ from framestream.tools.shard_options import Codec, Encoding
 
 import colour_reference
 from clips_setup import beeping, clip, onsets, opened, shown
-from synthetic import make_video, vfr_ticks
+from synthetic import make_video, read_indices, vfr_ticks
 from video_kinds import KINDS
 
 CODECS: tuple[Codec, ...] = ("h264", "hevc", "vp9", "av1")
@@ -31,6 +31,35 @@ CODECS: tuple[Codec, ...] = ("h264", "hevc", "vp9", "av1")
 def types_of(data: bytes) -> str:
     with av.open(io.BytesIO(data)) as container:
         return "".join(av.video.frame.PictureType(frame.pict_type).name for frame in container.decode(video=0))
+
+
+# --- the shape of pixels -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pixel", "short_side", "rotation", "size"),
+    [
+        ("2/1", None, 0, (160, 96)),  # stored 80 x 96
+        ("2/1", 48, 0, (80, 48)),
+        ("1/2", None, 0, (40, 96)),
+        ("2/1", None, 90, (80, 192)),  # stored 96 x 80
+    ],
+)
+def test_pixels_become_square(
+    tmp_path: Path, pixel: str, short_side: int | None, rotation: int, size: tuple[int, int]
+) -> None:
+    path = make_video(tmp_path / "v.mp4", num_frames=12, size=(80, 96), rotation=rotation, extra=f":sar={pixel}")
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].sample_aspect_ratio == Fraction(pixel)
+    data = clip(path, (0, 12), Encoding(short_side=short_side, gop=8))
+    info = probe_video(data)
+    assert (info.width, info.height) == size
+    with av.open(io.BytesIO(data)) as container:
+        assert container.streams.video[0].sample_aspect_ratio in (None, 0, 1)
+    if pixel == "2/1" and short_side is None:  # squeezed again, they are the pictures that were stored
+        with open_decoder(data, backend="pyav", info=info) as decoder:
+            pictures = decoder.frames_at(range(12))
+        assert read_indices(pictures[:, :, ::2] if rotation else pictures[..., ::2]) == list(range(12))
 
 
 # --- which frames, and when --------------------------------------------------------------------------------------

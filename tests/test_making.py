@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 
 from framestream.pipeline.decode import open_decoder
@@ -17,7 +19,7 @@ from framestream.pipeline.remote import Remote
 from framestream.tools import source_file
 from framestream.tools.clips import Clip
 from framestream.tools.inputs import Source
-from framestream.tools.making import ClipTask, MadeClip, encoder_version, make_clip
+from framestream.tools.making import ClipTask, MadeClip, encoder_version, make_clip, members_of
 from framestream.tools.pool import WorkerPool
 from framestream.tools.probing import Probed, ProbeTask, probe_source
 from framestream.tools.shard_options import Encoding, ShardOptions
@@ -51,13 +53,19 @@ def task_of(
     return ClipTask(Clip(source, "key", start, end, frames), info, encode, encoding or Encoding(gop=8), Remote())
 
 
+def all_of(made: MadeClip) -> dict[str, bytes]:
+    """All members, as they are written."""
+    if made.whole is None:
+        return made.members
+    scratch = Path(made.whole.source.path + ".scratch")
+    return {ext: bytes(content) for ext, content in members_of(made.whole, scratch).items()}
+
+
 def video_of(made: MadeClip) -> tuple[str, bytes, dict[str, Any]]:
     """Extension, bytes and metadata of the video in a sample."""
-    meta = json.loads(made.members["json"])
-    if made.whole is not None:
-        return made.whole.ext, Path(made.whole.source.path).read_bytes(), meta
-    (ext,) = made.members.keys() - {"json", "txt"}
-    return ext, made.members[ext], meta
+    members = all_of(made)
+    (ext,) = members.keys() - {"json", "txt"}
+    return ext, members[ext], json.loads(members["json"])
 
 
 def indices(made: MadeClip) -> list[int]:
@@ -69,12 +77,28 @@ def indices(made: MadeClip) -> list[int]:
 # --- probing ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["h264 variable rate", "h264 ts", "h264 rotated 90", "hevc open gop", "vp9 webm"])
+_SOME = (
+    "h264 variable rate",
+    "h264 ts",
+    "h264 rotated 90",
+    "h264 b-frames",
+    "h264 no b-frames",
+    "hevc open gop",
+    "vp9 webm",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [each if each in _SOME else pytest.param(each, marks=pytest.mark.slow) for each in KINDS]
+)
 def test_probing_says_what_probe_video_says(tmp_path: Path, name: str) -> None:
+    """Although it opens the file without decoding anything: of frames, colours and packets alike."""
     path = KINDS[name].make(tmp_path)
-    found = probed(path)
-    assert found.info == probe_video(path)
-    assert found.info.packets is None
+    task = ProbeTask(source_of(path), None, Remote(), packets=True)
+    found, expected = probe_source(task), probe_video(path, packets=True)
+    assert found.info == expected
+    assert found.info.packets == expected.packets
+    assert probe_source(replace(task, packets=False)).info.packets is None
     assert found.size == path.stat().st_size
     assert found.scenes == ()
 
@@ -95,6 +119,23 @@ def test_content_is_that_of_the_pictures(tmp_path: Path, codec: str) -> None:
     assert len(content) == 64
     assert {probed(each).content for each in same} == {content}
     assert content not in {probed(each).content for each in others}
+
+
+def test_content_tells_sizes_and_rates_apart(tmp_path: Path) -> None:
+    """The packets alone do not: those of raw video are bytes of pixels."""
+    grey = np.zeros((96, 160), np.uint8)
+    contents = []
+    for width, height, rate in ((160, 96, 24), (96, 160, 24), (160, 96, 48)):
+        path = tmp_path / f"{width}-{rate}.avi"
+        with av.open(str(path), "w") as container:
+            stream: Any = container.add_stream("rawvideo", rate=rate)
+            stream.width, stream.height, stream.pix_fmt = width, height, "gray"
+            for _ in range(4):
+                frame = av.VideoFrame.from_ndarray(grey.reshape(height, width), format="gray")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        contents += [probe_source(ProbeTask(source_of(path), None, Remote(), exact=exact)).content for exact in (0, 1)]
+    assert len(set(contents)) == 6
 
 
 def test_an_edit_list_makes_other_content_of_the_same_packets(tmp_path: Path) -> None:
@@ -130,7 +171,7 @@ def test_whole_files_are_copied_untouched_and_indexed(tmp_path: Path, name: str)
     made = make_clip(task_of(path, text="a dog", user={"score": 3}))
     ext, data, meta = video_of(made)
     assert (ext, data) == (path.suffix[1:], path.read_bytes())
-    assert made.members["txt"] == b"a dog"
+    assert all_of(made)["txt"] == b"a dog"
     info = probe_video(path, packets=True)
     assert {k: v for k, v in meta.items() if k in info.to_json()} == json.loads(json.dumps(info.to_json()))
     assert meta["sha256"] == hashlib.sha256(data).hexdigest()
@@ -151,6 +192,41 @@ def test_a_file_that_has_changed_is_refused(tmp_path: Path) -> None:
     for frames in (None, (0, 12)):
         with pytest.raises(SampleError, match=r"a\.mp4.*changed"):
             make_clip(replace(task, clip=replace(task.clip, source=source, frames=frames)))
+
+
+@pytest.mark.parametrize("name", ["h264 sound", "h264 rotated 90", "vp8 webm", "av1 mkv"])
+def test_packets_that_are_known_already_make_the_same_sample(tmp_path: Path, name: str) -> None:
+    path = KINDS[name].make(tmp_path)
+    task = task_of(path, text="a dog")
+    known = probe_source(ProbeTask(task.clip.source, None, Remote(), packets=True)).info
+    assert known.packets is not None
+    before = all_of(make_clip(task))
+    assert all_of(make_clip(replace(task, info=known))) == before
+
+
+def test_a_file_that_changes_between_looking_and_copying_is_refused(tmp_path: Path) -> None:
+    """Even where its length and its time say that it has not."""
+    path = make_video(tmp_path / "a.mp4", num_frames=24)
+    task = task_of(path)
+    made = make_clip(task)
+    data = bytearray(path.read_bytes())
+    data[task.info.num_frames + made.whole.info.packets.offset[5]] ^= 1  # type: ignore[union-attr]
+    path.write_bytes(data)
+    with pytest.raises(SampleError, match=r"a\.mp4.*changed"):
+        all_of(made)
+
+
+def test_what_has_no_index_is_compared_as_a_whole(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "a.avi", num_frames=24, codec="mpeg4", b_frames=0)
+    made = make_clip(task_of(path))
+    assert made.whole is not None
+    assert made.whole.info.packets is None
+    assert all_of(made)["avi"] == path.read_bytes()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(SampleError, match=r"a\.avi.*changed"):
+        all_of(made)
 
 
 @pytest.mark.parametrize("name", ["h264 sound", "h264 picture begins later", "h264 sound first", "h264 ts"])
@@ -245,7 +321,7 @@ def test_an_error_does_not_spoil_the_next_clip(tmp_path: Path) -> None:
 def test_metadata_that_cannot_be_written_is_a_reject_of_its_clip(tmp_path: Path) -> None:
     path = make_video(tmp_path / "a.mp4", num_frames=4)
     with pytest.raises(SampleError, match=r"a\.mp4: metadata cannot become JSON"):
-        make_clip(task_of(path, user={"x": b"bytes"}))
+        all_of(make_clip(task_of(path, user={"x": b"bytes"})))
 
 
 @pytest.mark.parametrize(("codec", "encoder"), [("h264", "libx264"), ("av1", "libsvtav1")])

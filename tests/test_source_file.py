@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from framestream.pipeline.decode import open_decoder
@@ -269,6 +270,38 @@ def test_a_remote_source_that_was_changed_or_removed(storage: Storage, clip: byt
 def test_an_address_that_cannot_be_used_costs_the_sample(url: str) -> None:
     with pytest.raises(SampleError, match=r"v\.mp4"), opened(Source(url, "v.mp4", "v"), LOCAL):
         pass
+
+
+def test_a_package_that_lacks_ends_the_run_rather_than_all_samples() -> None:
+    protocol = next((name for name in ("gs", "abfs", "oss", "dropbox") if not importable(name)), None)
+    if protocol is None:
+        pytest.skip("all kinds of storage are installed")
+    source = Source(f"{protocol}://b/v.mp4", "v.mp4", "v")
+    with (
+        pytest.raises(ConfigError, match=rf"{protocol}://b/v\.mp4 cannot be opened by fsspec"),
+        opened(source, Remote()),
+    ):
+        pass
+
+
+def importable(protocol: str) -> bool:
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ImportError:
+        return False
+    return True
+
+
+def test_a_remote_text_may_be_as_long_as_a_local_one(storage: Storage) -> None:
+    remote = remote_of(storage)
+    source = Source(f"{storage.url}/v.mp4", "v.mp4", "v", text_file=f"{storage.url}/v.mp4")
+    assert read_text(source, remote) is not None
+    limit, source_file.MAX_TEXT_BYTES = source_file.MAX_TEXT_BYTES, 10
+    try:
+        with pytest.raises(SampleError, match=r"v\.mp4: its text v\.mp4 cannot be read \(it has more than 10 bytes"):
+            read_text(source, remote)
+    finally:
+        source_file.MAX_TEXT_BYTES = limit
 
 
 def test_threads_do_not_get_each_others_files(storage: Storage) -> None:

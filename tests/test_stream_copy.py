@@ -21,7 +21,7 @@ OPEN = [
     *(name for name in KINDS if "open gop" in name or "mpeg4 b-frames" in name),
     *("h264 gradual refresh", "hevc 10 bit mkv", "mpeg4 every frame marked as key", "mpeg4 avi"),
 ]
-UNTOLD = ("h264 avi", "h264 every time twice mkv", "h264 every time twice no b-frames mkv")
+UNTOLD = ("h264 every time twice mkv", "h264 every time twice no b-frames mkv")
 HIDDEN = [
     n for n in KINDS if any(w in n for w in ("two parts", "two whole", "a part twice", "overlap", "holds", "the end"))
 ]

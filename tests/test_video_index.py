@@ -184,7 +184,7 @@ def test_an_index_of_other_facts_is_passed_over(info: VideoInfo, change: dict) -
         (".mkv", {"open_gop": True, "vfr": True}, True),
         (".webm", {"codec": "vp9"}, True),
         (".ts", {}, False),
-        (".avi", {}, False),
+        (".avi", {}, True),
         (".avi", {"codec": "mpeg4"}, False),
     ],
 )

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from framestream.pipeline.atomic import atomic_file
 from framestream.pipeline.errors import ConfigError
 
 from .bench_clips import FPS, Scene, make_scene
@@ -30,10 +31,11 @@ from .shard_run import build_shards
 
 OURS, PLAIN = "framestream", "the plain tool"
 FFMPEG, TAR = "ffmpeg", "Python's tarfile"  # which are the plain tools
-NUM_CLIPS, SECONDS, HEIGHT, GOP = 8, 20, 720, 60
+NUM_CLIPS, SECONDS, HEIGHT, GOP = 4, 20, 720, 60
 ENCODING = Encoding(short_side=256, gop=16)
 _PART_S = 4  # a multiple of the groups of pictures
-_TIMES = 10  # what is only copied is given so often, under other names
+_LINKS, _REPEATED = 8, 5  # what is only copied is given so often, under other names; so often in one long file
+_ENCODINGS = 3  # rounds at most of what takes longest
 
 
 def bench_shard(
@@ -51,12 +53,12 @@ def bench_shard(
         folder: for results; the clips are made in `clips` inside it, once, and kept.
         repeats: rounds; each candidate runs once per round.
         num_clips, seconds, height: of the videos that become shards.
-        workers: processes of ours, and ffmpeg's at a time; plain copying is one process on either side.
+        workers: processes of ours, and ffmpeg's at a time; `tarfile` is one process.
     Raises:
         ConfigError: one of the clips could not become a shard.
     """
     scenes = [Scene(seconds, GOP, height, seed) for seed in range(num_clips)]
-    with progress_bar("shard", num_clips + 3 * 2 * repeats) as advance:
+    with progress_bar("shard", num_clips + 4 * 2 * repeats) as advance:
         clips = []
         for number, scene in enumerate(scenes):
             advance(number, "making the clips")
@@ -75,14 +77,18 @@ def bench_shard(
                 advance(done, f"{case}: {name}, {number} of {repeats}")
                 done += 1
 
-            times = rounds(candidates, repeats, seconds=dict.fromkeys(candidates, 1.0), budget_s=1.0, watch=watch)
+            turns = min(repeats, _ENCODINGS) if case.startswith("encoding") else repeats
+            times = rounds(candidates, turns, seconds=dict.fromkeys(candidates, 1.0), budget_s=1.0, watch=watch)
             row = Row(case, {k: statistics.median(v) for k, v in times.items()}, notes=note, times=times)
             if (speed := ratio(times, PLAIN, OURS)) is not None:
                 row.facts["speed"] = speed
             rows.append(row)
-        advance(num_clips + 3 * 2 * repeats, "")
+        advance(num_clips + 4 * 2 * repeats, "")
     megabytes = sum(clip.stat().st_size for clip in clips) / 1e6
-    print(f"{num_clips} videos of {seconds} s and {height} lines, {megabytes:.1f} MB; {workers} processes")
+    print(
+        f"{num_clips} videos of {seconds} s and {height} lines, {megabytes:.1f} MB together, {workers} processes; cut "
+        f"into parts: {_LINKS} times; copied whole: {_LINKS * _REPEATED} times, as short files or as long ones"
+    )
     print_milliseconds("shard: median milliseconds", rows, (OURS, PLAIN))
     print_ratios("how fast framestream is: time of the plain tool over its own, median over rounds", rows)
     for line in reasons(rows):
@@ -98,7 +104,10 @@ class _Bench:
 
     def __init__(self, clips: Sequence[Path], folder: Path, seconds: int, workers: int) -> None:
         self.clips, self.target, self.seconds, self.workers = clips, folder / "shards", seconds, workers
-        self.many = _linked(clips, folder / "clips" / "many")
+        self.many = _linked(clips, _LINKS, folder / "clips" / "many")
+        self.short = _linked(clips, _LINKS * _REPEATED, folder / "clips" / "short")
+        long = [_repeated(clip, folder / "clips" / "long") for clip in clips]
+        self.long = _linked(long, _LINKS, folder / "clips" / "long")
 
     def cases(self) -> dict[str, dict[str, Callable[[], float]]]:
         cut = Cutting(clip_seconds=float(_PART_S))
@@ -107,9 +116,13 @@ class _Bench:
                 OURS: lambda: self._ours(self.clips, ShardOptions(transcode="always", encoding=ENCODING), self.workers),
                 PLAIN: lambda: self._ffmpeg(self.clips, self._encode),
             },
-            f"whole files, 1 at a time, {TAR}": {
-                OURS: lambda: self._ours(self.many, ShardOptions(transcode="never"), 1),
-                PLAIN: self._tar,
+            f"whole files, {self.workers} at a time, {TAR}": {
+                OURS: lambda: self._ours(self.short, ShardOptions(transcode="never"), self.workers),
+                PLAIN: lambda: self._tar(self.short),
+            },
+            f"long whole files, {self.workers} at a time, {TAR}": {
+                OURS: lambda: self._ours(self.long, ShardOptions(transcode="never"), self.workers),
+                PLAIN: lambda: self._tar(self.long),
             },
             f"parts of {_PART_S} s, {self.workers} at a time, {FFMPEG}": {
                 OURS: lambda: self._ours(self.many, ShardOptions(transcode="never", cutting=cut), self.workers),
@@ -134,11 +147,11 @@ class _Bench:
 
         return self._timed(work)
 
-    def _tar(self) -> float:
+    def _tar(self, clips: Sequence[Path]) -> float:
         def work() -> None:
             with open(self.target / "plain.tar", "wb") as file:
-                with tarfile.open(fileobj=file, mode="w") as tar:
-                    for clip in self.many:
+                with tarfile.open(fileobj=file, mode="w", dereference=True) as tar:  # a link is a file of its own
+                    for clip in clips:
                         tar.add(clip, clip.name)
                 file.flush()
                 os.fsync(file.fileno())
@@ -171,17 +184,39 @@ class _Bench:
         ]
 
 
-def _linked(clips: Sequence[Path], folder: Path) -> list[Path]:
+def _linked(clips: Sequence[Path], times: int, folder: Path) -> list[Path]:
     """Every clip several times, under different names."""
     folder.mkdir(parents=True, exist_ok=True)
     links = []
     for clip in clips:
-        for number in range(_TIMES):
+        for number in range(times):
             link = folder / f"{clip.stem}-copy{number}{clip.suffix}"
             if not link.exists():
                 os.link(clip, link)
             links.append(link)
     return links
+
+
+def _repeated(clip: Path, folder: Path) -> Path:
+    """A clip several times behind itself in one file, not encoded anew."""
+    import av
+
+    path = folder / clip.name
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file, av.open(file, "w", format="mp4") as target:
+        copy: Any = None
+        for number in range(_REPEATED):
+            with av.open(str(clip)) as source:
+                stream = source.streams.video[0]
+                copy = copy or target.add_stream_from_template(stream)
+                for packet in source.demux(stream):
+                    if packet.pts is not None and packet.dts is not None:
+                        packet.pts, packet.dts = (t + number * (stream.duration or 0) for t in (packet.pts, packet.dts))
+                        packet.stream = copy
+                        target.mux(packet)
+    return path
 
 
 assert _PART_S * FPS % GOP == 0  # parts begin at key frames

@@ -2,7 +2,8 @@
 
 Ordinary videos are scaled once, straight to yuv420p, and never seen as RGB or by numpy. Colours keep the matrix that
 they are stored in, named in the result where the source left it to the player to guess; the range becomes limited,
-which every player takes for granted.
+which every player takes for granted. Pixels become square, as they are for everybody who looks at arrays: a picture
+whose pixels are wide is made wider.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from framestream.pipeline.errors import SampleError
+from framestream.pipeline.packet_table import MAX_SIDE
 from framestream.pipeline.picture import HD_LINES, Orientation, check_matrix, fit_short_side
 from framestream.pipeline.probe import VideoInfo
 
@@ -34,6 +36,7 @@ _RGB, _BT709, _UNTAGGED, _RESERVED, _BT601 = (
 )  # MatrixCoefficients of ITU-T H.273, which are FFmpeg's numbers
 _LIMITED = 1  # AVCOL_RANGE_MPEG
 _MATRIX_NAMES = {1: "bt709", 4: "fcc", 5: "bt470", 6: "smpte170m", 7: "smpte240m", 9: "bt2020"}  # of FFmpeg's filter
+_ODDEST_PIXEL = 10  # times as wide as high, or as high as wide; beyond, it is no shape but damage
 _SCALING = "bicubic+accurate_rnd+bitexact"  # the same bits on every processor
 
 
@@ -139,7 +142,7 @@ def _pictures(video: OpenedVideo, indices: list[int], encoding: Encoding) -> Gen
     with contextlib.closing(video.decoder.pictures(indices)) as stored:
         for index, frame, laid in stored:
             if graph is None:
-                graph = _Graph(frame, laid, encoding.short_side, video.name)
+                graph = _Graph(frame, laid, encoding.short_side, video.stream.sample_aspect_ratio, video.name)
             picture = graph.filtered(frame)
             picture.pict_type = 0  # else x264 makes the same types of frames as the source has
             yield index, picture
@@ -152,9 +155,12 @@ class _Graph:
         frame: the first of them.
         laid: how a player turns it.
         short_side: as in `Encoding`.
+        pixel: width of a stored pixel over its height; None or 0 where nothing is said.
     """
 
-    def __init__(self, frame: Any, laid: Orientation, short_side: int | None, name: str) -> None:
+    def __init__(
+        self, frame: Any, laid: Orientation, short_side: int | None, pixel: Fraction | None, name: str
+    ) -> None:
         import av
 
         check_matrix(frame, name)
@@ -176,17 +182,18 @@ class _Graph:
                 range=str(int(frame.color_range)),
             )
         ]
-        filters += [graph.add(kind, args) for kind, args in self._steps(frame, laid, short_side)]
+        filters += [graph.add(kind, args) for kind, args in self._steps(frame, laid, short_side, pixel)]
         filters.append(graph.add("buffersink"))
         graph.link_nodes(*filters).configure()
         self._source, self._sink = filters[0], filters[-1]
         self._graph = graph
 
-    def _steps(self, frame: Any, laid: Orientation, short_side: int | None) -> Iterator[tuple[str, str | None]]:
-        shorter = min(frame.width, frame.height)
-        width, height = fit_short_side(
-            frame.width, frame.height, None if short_side is None else min(short_side, shorter)
-        )
+    def _steps(
+        self, frame: Any, laid: Orientation, short_side: int | None, pixel: Fraction | None
+    ) -> Iterator[tuple[str, str | None]]:
+        wide = _square(frame.width, pixel)
+        shorter = min(wide, frame.height)
+        width, height = fit_short_side(wide, frame.height, None if short_side is None else min(short_side, shorter))
         even_width, even_height = width // 2 * 2, height // 2 * 2
         out_matrix = self._matrix if self._matrix != _RGB else (_BT709 if even_height > HD_LINES else _BT601)
         in_matrix = "" if self._matrix == _RGB else f":in_color_matrix={_MATRIX_NAMES[self._matrix]}"
@@ -211,6 +218,13 @@ class _Graph:
         picture = self._sink.pull()
         picture.colorspace, picture.color_range = self.matrix, _LIMITED
         return picture
+
+
+def _square(width: int, pixel: Fraction | None) -> int:
+    """Pixels of a row when they are made square, as players do it: the height stays."""
+    if not pixel or not Fraction(1, _ODDEST_PIXEL) <= pixel <= _ODDEST_PIXEL:
+        return width
+    return max(2, min(MAX_SIDE, round(width * pixel)))
 
 
 def _stream(file: ClipFile, picture: Any, when: Timing, encoding: Encoding) -> Any:

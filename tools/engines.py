@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 from framestream.pipeline.errors import ConfigError
 
 from .cores import usable_cores
+from .making import MadeClip, make_clip
 from .output import Output
 from .pool import Failure, WorkerPool
 from .probing import Probed, ProbeTask, probe_source
@@ -60,7 +62,7 @@ def open_engine(
     if workers < 0 or timeout_s <= 0:
         raise ConfigError(f"workers and timeout have to be positive, got {workers} and {timeout_s:g}")
     if name == "local":
-        return LocalEngine(workers or usable_cores(), timeout_s, reject_unfetched)
+        return LocalEngine(workers or usable_cores(), timeout_s, reject_unfetched, keep=True)
     if name == "ray":
         from .ray_engine import RayEngine
 
@@ -68,30 +70,55 @@ def open_engine(
     raise ConfigError(f"engine is {name!r}, it has to be local or ray")
 
 
-@dataclass(frozen=True)
+@dataclass
 class LocalEngine:
-    """Processes of this machine; a crash or hang costs the source or clip at which it happened."""
+    """Processes of this machine; a crash or hang costs the source or clip at which it happened.
+
+    Attributes:
+        keep: its processes serve both phases, and end with `close`; else they end with their phase. Starting one takes
+            as long as looking at ten videos.
+    """
 
     workers: int
     timeout_s: float
     reject_unfetched: bool = False
+    keep: bool = False
+    _kept: WorkerPool[Any, Any] | None = field(default=None, init=False, repr=False)
 
     def probe(self, probes: Iterable[NumberedProbe]) -> Iterator[tuple[int, Probed | Failure]]:
-        with WorkerPool(probe_numbered, workers=self.workers, timeout_s=max(PROBE_TIMEOUT_S, self.timeout_s)) as pool:
+        with self._pool(probe_numbered, max(PROBE_TIMEOUT_S, self.timeout_s)) as pool:
             for probe, result in pool.map(probes):
                 yield probe.number, result
 
     def write(self, units: Iterable[Unit], output: Output) -> Iterator[Step]:
-        return write_units(
-            units,
-            output,
-            workers=self.workers,
-            timeout_s=self.timeout_s,
-            reject_unfetched=self.reject_unfetched,
-        )
+        with self._pool(make_clip, self.timeout_s) as pool:
+            yield from write_units(units, output, pool, reject_unfetched=self.reject_unfetched)
+
+    @contextmanager
+    def _pool(self, function: Callable[[Any], Any], timeout_s: float) -> Iterator[WorkerPool[Any, Any]]:
+        pool, self._kept = self._kept, None
+        if pool is None:
+            pool = WorkerPool(function, workers=self.workers, timeout_s=timeout_s, weigh=_weight)
+        pool.function, pool.timeout_s = function, timeout_s
+        try:
+            yield pool
+        except BaseException:  # tasks may be left in it
+            pool.__exit__()
+            raise
+        if self.keep:
+            self._kept = pool
+        else:
+            pool.__exit__()
 
     def close(self) -> None:
-        """Its processes end with their step."""
+        """Its processes end."""
+        if self._kept is not None:
+            self._kept.__exit__()
+        self._kept = None
+
+
+def _weight(result: Probed | MadeClip) -> int:
+    return result.num_bytes() if isinstance(result, MadeClip) else 0
 
 
 def probe_numbered(probe: NumberedProbe) -> Probed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from .encoders import version_of
 from .inputs import Source
 from .opened_video import opened_video
 from .shard_options import Encoding, ShardOptions
-from .source_file import IN_MEMORY, opened
+from .source_file import IN_MEMORY, check_listed, opened
 from .stream_copy import stream_copy
+from .trees import local_version
 from .urls import suffix
 
 _BLOCK = 8 << 20  # bytes read at a time
@@ -47,11 +49,20 @@ class ClipTask:
 
 @dataclass(frozen=True)
 class WholeFile:
-    """A local file that is a member of a sample, to the byte. `sha256` is that of the bytes that were looked at."""
+    """A local file that is a member of a sample, to the byte.
 
-    source: Source
+    Attributes:
+        sha256: of the bytes that were looked at; "" where an index in `info` says what its packets are.
+    """
+
+    clip: Clip
+    info: VideoInfo
     ext: str
     sha256: str
+
+    @property
+    def source(self) -> Source:
+        return self.clip.source
 
 
 @dataclass(frozen=True)
@@ -59,10 +70,10 @@ class MadeClip:
     """A finished sample.
 
     Attributes:
-        members: by extension.
+        members: by extension; none with `whole`.
         seconds: of video in it.
-        whole: the member that is still missing. Whoever writes the shard reads it again (`copy_of`): sending it from
-            process to process costs more.
+        whole: of which all members are made by whoever writes the shard (`members_of`): sending a file from process to
+            process costs more than reading it again.
     """
 
     members: dict[str, bytes]
@@ -87,15 +98,22 @@ def make_clip(task: ClipTask) -> MadeClip:
         SampleError: the source does not give every frame of it, or not the frames that were planned.
     """
     clip = task.clip
-    name = clip.source.source if clip.frames is None else f"{clip.source.source} ({clip.start:g} to {clip.end:g} s)"
+    name = _name(clip)
     frames = clip.frames or (0, task.info.num_frames)
-    planned, ext, known, whole = frames[1] - frames[0], "mp4", None, False
+    planned, ext, known = frames[1] - frames[0], "mp4", None
     data: bytes | memoryview
     sound = task.encoding.audio == "keep"
     if not task.encode and clip.frames is None and not (task.encoding.audio == "drop" and task.info.has_audio):
+        ext, known = suffix(clip.source.path)[1:], task.info
+        whole = not is_url(clip.source.path)
+        if whole and task.info.packets is not None:  # all is known, and compared when it is copied
+            return MadeClip({}, task.info.duration, WholeFile(clip, task.info, ext, ""))
         with opened(clip.source, task.remote) as file:
-            data, ext, known = file.data, suffix(clip.source.path)[1:], task.info
-            whole = not is_url(clip.source.path)
+            data = file.data
+            if whole:
+                info = probe_video(data, name=name, packets=True, known=known, timeout_s=PROBE_TIMEOUT_S)
+                sha256 = hashlib.sha256(data).hexdigest() if info.packets is None else ""
+                return MadeClip({}, info.duration, WholeFile(clip, info, ext, sha256))
     else:
         with opened_video(clip.source, task.info, task.remote) as video:
             if task.encode:
@@ -106,6 +124,19 @@ def make_clip(task: ClipTask) -> MadeClip:
     info = probe_video(data, name=name, packets=True, known=known, timeout_s=PROBE_TIMEOUT_S)
     if info.num_frames != planned:
         raise SampleError(f"{name}: the clip made of it has {info.num_frames} frames in place of {planned}")
+    members = _members(clip, info, ext, data, hashlib.sha256(data).hexdigest())
+    return MadeClip({member: bytes(content) for member, content in members.items()}, info.duration)
+
+
+def _name(clip: Clip) -> str:
+    """How errors call it."""
+    name = clip.source.source
+    return name if clip.frames is None else f"{name} ({clip.start:g} to {clip.end:g} s)"
+
+
+def _members(
+    clip: Clip, info: VideoInfo, ext: str, data: bytes | memoryview, sha256: str
+) -> dict[str, bytes | memoryview]:
     meta = {
         **info.to_json(),
         "source": clip.source.source,
@@ -113,32 +144,55 @@ def make_clip(task: ClipTask) -> MadeClip:
         "clip_end": clip.end,
         "text": clip.source.text or "",
         "user": dict(clip.source.user),
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "sha256": sha256,
     }
     try:
-        members = sample_members(data, ext, meta, clip.source.text)
-        if whole:
-            del members[ext]
-        sent = {member: bytes(content) for member, content in members.items()}
-        return MadeClip(sent, info.duration, WholeFile(clip.source, ext, meta["sha256"]) if whole else None)
+        return sample_members(data, ext, meta, clip.source.text)
     except ConfigError as err:  # what one row of a manifest brought is no reason to end the run
-        raise SampleError(f"{name}: {err}") from err
+        raise SampleError(f"{_name(clip)}: {err}") from err
 
 
-def copy_of(whole: WholeFile, scratch: Path) -> bytes | memoryview:
-    """The bytes of a file, as they were looked at; those of a large one lie in the file `scratch`, until the next.
-
-    The file itself is read and not mapped: a map of somebody's file ends the process when that is cut short.
+def members_of(whole: WholeFile, scratch: Path) -> dict[str, bytes | memoryview]:
+    """The members of a sample that is a whole file; the bytes of a large one lie in the file `scratch`, until the next.
 
     Raises:
-        SampleError: the file has changed, or cannot be read any more.
+        SampleError: the file has changed since it was looked at, or cannot be read any more.
     """
-    name, size = whole.source.source, whole.source.size
+    data, sha256 = _copy(whole.clip.source, scratch)
+    same = whole.sha256 == sha256 if whole.sha256 else _has_packets(data, whole.info)
+    if not same:
+        raise _changed(whole.clip.source)
+    return _members(whole.clip, whole.info, whole.ext, data, sha256)
+
+
+def _has_packets(data: bytes | memoryview, info: VideoInfo) -> bool:
+    """Whether every packet is where the index says, and what it says."""
+    index = info.packets
+    if index is None or index.num_bytes != len(data):
+        return False
+    view = memoryview(data)
+    return all(
+        zlib.crc32(view[start : start + size]) == crc
+        for start, size, crc in zip(index.offset.tolist(), index.size.tolist(), index.crc.tolist(), strict=True)
+    )
+
+
+def _changed(source: Source) -> SampleError:
+    return SampleError(f"{source.source} was written to while it was read: it was changed")
+
+
+def _copy(source: Source, scratch: Path) -> tuple[bytes | memoryview, str]:
+    """The bytes of a file, as it was listed, and their SHA-256.
+
+    The file itself is read and not mapped: a map of somebody's file ends the process when that is cut short.
+    """
     digest = hashlib.sha256()
     try:
-        with open(whole.source.path, "rb") as file:
-            if size <= IN_MEMORY:
-                data: bytes | memoryview = file.read(size + 1)
+        with open(source.path, "rb") as file:
+            facts = os.fstat(file.fileno())
+            check_listed(source, facts.st_size, local_version(facts))
+            if facts.st_size <= IN_MEMORY:
+                data: bytes | memoryview = file.read(facts.st_size + 1)
                 digest.update(data)
             else:
                 scratch.unlink(missing_ok=True)  # what was mapped of the last one stays whole
@@ -151,7 +205,5 @@ def copy_of(whole: WholeFile, scratch: Path) -> bytes | memoryview:
     except OSError as err:
         if err.filename == os.fspath(scratch) or disk_full(err):
             raise
-        raise SampleError(f"{name} cannot be read ({err.strerror or err})") from err
-    if digest.hexdigest() != whole.sha256:
-        raise SampleError(f"{name} was written to while it was read: it was changed")
-    return data
+        raise SampleError(f"{source.source} cannot be read ({err.strerror or err})") from err
+    return data, digest.hexdigest()

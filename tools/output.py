@@ -23,6 +23,8 @@ from framestream.pipeline.shard_index import ShardIndex, index_path
 from framestream.pipeline.shard_paths import SHELL_OPENER, is_url
 from framestream.pipeline.shard_writer import TarShard
 
+from .urls import absolute
+
 READERS = 16  # requests at a time
 _WHOLE_OBJECTS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "r2")
 
@@ -69,7 +71,7 @@ def open_output(place: str | Path, remote: Remote) -> Output:
     if not text or SHELL_OPENER.match(text):
         raise ConfigError(f"output {text!r} is no place to write to: name a folder, or a bucket such as s3://…")
     if not is_url(text):
-        return LocalOutput(Path(os.path.abspath(os.path.expanduser(text.removeprefix("file://")))))
+        return LocalOutput(Path(absolute(os.path.expanduser(text.removeprefix("file://")))))
     if text.startswith(("http://", "https://")):
         raise ConfigError(f"output {text} cannot be written over HTTP: name a folder, or a bucket such as s3://…")
     remote.filesystem(text)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from framestream.pipeline.errors import SampleError
 from framestream.pipeline.probe import VideoInfo
+from framestream.pipeline.video_index import VideoIndex
 
 from .clips import Clip
 from .inputs import Source
@@ -61,5 +64,11 @@ def _source(db: sqlite3.Connection, number: int) -> Source:
 
 
 def _info(db: sqlite3.Connection, probe: int) -> VideoInfo:
-    (row,) = db.execute(f"SELECT {INFO} FROM probes AS p WHERE p.number = ?", (probe,))
-    return info_of(row)
+    ((*row, packets),) = db.execute(f"SELECT {INFO}, p.packets FROM probes AS p WHERE p.number = ?", (probe,))
+    info = info_of(row)
+    if packets is None:
+        return info
+    try:
+        return replace(info, packets=VideoIndex.from_json(json.loads(packets)))
+    except (SampleError, ValueError) as err:
+        raise sqlite3.DatabaseError("a list of packets in it cannot be read") from err

@@ -109,7 +109,11 @@ class WorkerPool(Generic[Task, Result]):
         self._idle, self._busy = [], []
 
     def map(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Result | Failure]]:
-        """Yield (task, result or Failure) in the order of `tasks`, a bounded number of tasks ahead. Once per pool."""
+        """Yield (task, result or Failure) in the order of `tasks`, a bounded number of tasks ahead.
+
+        Again only when the one before came to its end.
+        """
+        self._turn = 0
         source = enumerate(tasks)
         order: deque[tuple[int, Task]] = deque()
         while True:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from framestream.pipeline.buffer_file import buffer_file
+from framestream.pipeline.indexed import with_index
 from framestream.pipeline.packet_table import Deadline
 from framestream.pipeline.packets import read_packets
 from framestream.pipeline.probe import VideoInfo, info_of
 from framestream.pipeline.remote import Remote
+from framestream.pipeline.shard_paths import is_url
 
 from .inputs import Source
 from .scene_cuts import scene_cuts
+from .shard_options import ShardOptions
 from .source_file import opened, read_text
 
 PROBE_TIMEOUT_S = 3600.0  # the limit that matters is the worker's
+_ALIKE = 1.2  # the factor between rates that are told apart; the usual ones lie far from where it rounds
 
 
 @dataclass(frozen=True)
@@ -25,11 +30,15 @@ class ProbeTask:
     Attributes:
         scene_threshold: also find where scenes begin, as `scene_cuts` does; None for not.
         remote: how remote storage is spoken to.
+        exact: `content` is made of all bytes of the packets, for dropping duplicates, and not of their checksums alone.
+        packets: also find out where the packets lie, for files that are copied whole.
     """
 
     source: Source
     scene_threshold: float | None
     remote: Remote
+    exact: bool = True
+    packets: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,12 +46,13 @@ class Probed:
     """What is known of a source.
 
     Attributes:
-        info: the video, without its packets' places.
+        info: the video; with its packets' places where these were asked for, and an index can stand for the container.
         size: bytes of the file.
         content: equal for the same pictures: SHA-256, in hexadecimal, over the bytes of the video packets in the order
-            of the file, the number of frames shown and how they are turned. A copy in another container (mp4, mov, mkv,
-            webm), with other metadata or other sound is equal. Not so the same pictures coded anew, or in a transport
-            stream or AVI, which frame H.264 and HEVC otherwise; a copy with a frame more is another, too.
+            of the file (or their lengths and CRC-32), the codec, the size as displayed, the number of frames shown, how
+            they are turned and, roughly, how fast they follow. A copy in another container (mp4, mov, mkv, webm), with
+            other metadata or other sound is equal. Not so the same pictures coded anew, or in a transport stream or
+            AVI, which frame H.264 and HEVC otherwise; a copy with a frame more is another, too.
         text: what is said about it.
         scenes: the first frame of every scene but the first, rising; empty where not asked for.
     """
@@ -52,6 +62,23 @@ class Probed:
     content: str
     text: str | None
     scenes: tuple[int, ...]
+
+    def without_packets(self) -> Probed:
+        """The same without their places, which take room."""
+        return replace(self, info=replace(self.info, packets=None))
+
+
+def probe_task(source: Source, options: ShardOptions, remote: Remote) -> ProbeTask:
+    """What is to be found out of a source for these options."""
+    part = options.cutting.cuts or source.start is not None or source.end is not None
+    copied = not options.encodes(part) and options.encoding.audio != "drop"
+    return ProbeTask(
+        source,
+        options.cutting.scene_threshold,
+        remote,
+        exact=options.drop_duplicates,
+        packets=copied and not part and not is_url(source.path),
+    )
 
 
 def probe_source(task: ProbeTask) -> Probed:
@@ -66,13 +93,31 @@ def probe_source(task: ProbeTask) -> Probed:
         data = memoryview(file.data)
         deadline = Deadline(PROBE_TIMEOUT_S, source.source)
         digest = hashlib.sha256()
-        table = read_packets(buffer_file(data), name=source.source, deadline=deadline, keep=False, digest=digest)
+        table = read_packets(
+            buffer_file(data),
+            name=source.source,
+            deadline=deadline,
+            keep=False,
+            mark=True,
+            quick=True,
+            digest=digest if task.exact else None,
+        )
         try:
-            info, _ = info_of(table, deadline)
+            info, frame = info_of(table, deadline)
+            if task.packets:
+                info = with_index(data, info, table, frame, deadline, check=False)
+            if not task.exact:
+                digest.update(" ".join(f"{mark.size} {mark.crc}" for mark in table.marks).encode())
         finally:
             table.close()
-        digest.update(f"{info.num_frames} {info.rotation}".encode())
+        digest.update(_shown(info).encode())
         scenes: tuple[int, ...] = ()
         if task.scene_threshold is not None:
-            scenes = scene_cuts(data, info, task.scene_threshold, name=source.source)
+            scenes = scene_cuts(data, replace(info, packets=None), task.scene_threshold, name=source.source)
         return Probed(info, file.size, digest.hexdigest(), text, scenes)
+
+
+def _shown(info: VideoInfo) -> str:
+    """What decides, besides the packets, what is seen. Containers round times: rates are only told apart roughly."""
+    speed = round(math.log(info.fps / 30, _ALIKE))
+    return f"{info.codec} {info.width} {info.height} {info.num_frames} {info.rotation} {speed}"

@@ -23,14 +23,16 @@ from .plan_place import PlanPlace
 from .plan_schema import PlanError
 from .plan_store import PlannedShard, PlanStore
 from .pool import Failure
-from .probing import ProbeTask
+from .probing import probe_task
 from .set_files import LISTS
 from .shard_options import ShardOptions
 from .shard_report import ShardReport, finish
 from .units import Outcome, files_of, finished, in_split, our_files, unfinished, unit_name, units_of
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3  # to be raised where the same inputs would be planned otherwise
 LOCK_FILE = ".lock"
+PACKETS_BYTES = 256 << 20  # of packets' places in a plan, about; files beyond that are looked at again when copied
+BYTES_PER_PACKET = 12
 
 Progress = Callable[[str, int, int | None, int], None]  # step, done, of (None: not known yet), rejects
 
@@ -215,14 +217,15 @@ class ShardJob:
         return {"version": PLAN_VERSION, "options": options}
 
     def _probe(self, plan: PlanStore) -> None:
-        threshold = self.options.cutting.scene_threshold
         probes = (
-            NumberedProbe(number, ProbeTask(source, threshold, self.remote)) for number, source in plan.to_probe()
+            NumberedProbe(number, probe_task(source, self.options, self.remote)) for number, source in plan.to_probe()
         )
         unfetched = _Unfetched("sources could not be fetched", in_a_row=32)
+        room = PACKETS_BYTES
         for number, outcome in self.engine.probe(probes):
             if not isinstance(outcome, Failure):
-                plan.record(number, outcome)
+                room -= 0 if outcome.info.packets is None else BYTES_PER_PACKET * len(outcome.info.packets)
+                plan.record(number, outcome if room >= 0 else outcome.without_packets())
             elif outcome.storage and not self.reject_unfetched:
                 unfetched.add(outcome.reason)
                 continue

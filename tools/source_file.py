@@ -25,6 +25,7 @@ from framestream.pipeline.redaction import shown_url, without_secrets
 from framestream.pipeline.remote import Remote, disk_full
 from framestream.pipeline.shard_paths import is_url
 
+from .remote_text import read_at_most
 from .trees import local_version, size_and_version
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def opened(source: Source, remote: Remote) -> Iterator[SourceFile]:
 
     Raises:
         SampleError: it is not there, cannot be read, or is not the file that was listed; also at the end of the block.
-        ConfigError: there is no room for it among the temporary files.
+        ConfigError: there is no room for it among the temporary files, or the package for its storage is not installed.
     """
     if is_url(source.path):
         yield _remote_file(source, remote)
@@ -71,7 +72,7 @@ def opened(source: Source, remote: Remote) -> Iterator[SourceFile]:
     except (OSError, ValueError) as err:
         raise _unreadable(source, err) from err
     with file:
-        _check(source, before.st_size, local_version(before))
+        check_listed(source, before.st_size, local_version(before))
         try:
             data = _contents(file, before.st_size)
         except (OSError, ValueError) as err:
@@ -95,9 +96,7 @@ def read_text(source: Source, remote: Remote) -> str | None:
         return source.text
     try:
         if is_url(source.text_file):
-            data = remote.read_small(source.text_file, bytes)
-            if data is None:
-                raise FileNotFoundError("it is gone")
+            data = read_at_most(source.text_file, remote, MAX_TEXT_BYTES)
         else:
             regular = os.path.isfile(source.text_file) or not os.path.exists(source.text_file)
             if not regular or os.stat(source.text_file).st_size > MAX_TEXT_BYTES:
@@ -167,11 +166,13 @@ def _remote_file(source: Source, remote: Remote) -> SourceFile:
     try:
         try:
             size, version = stat_remote(source.path, remote)
-        except ConfigError as err:  # one bad address is no reason to end the run
+        except ConfigError as err:  # one bad address is no reason to end the run, a package that lacks is one
+            if isinstance(err.__cause__, ImportError):
+                raise
             raise SampleError(f"{source.source} cannot be read ({err})") from err
-        _check(source, size, version)
+        check_listed(source, size, version)
         downloaded = _Downloaded(source.path, remote, size)
-        _check(source, downloaded.size, "")
+        check_listed(source, downloaded.size, "")
         with open(downloaded.path, "rb", buffering=0) as reader:
             file = SourceFile(_contents(reader, downloaded.size), downloaded.size, downloaded.path, downloaded)
     except FileNotFoundError as err:
@@ -241,8 +242,12 @@ def _contents(file: FileIO, size: int) -> bytes | memoryview:
     return data
 
 
-def _check(source: Source, size: int, version: str) -> None:
-    """Compare with the listing, where both say something. Versions of two kinds say nothing about each other."""
+def check_listed(source: Source, size: int, version: str) -> None:
+    """Compare with the listing, where both say something. Versions of two kinds say nothing about each other.
+
+    Raises:
+        SampleError: it is another file.
+    """
     if source.size >= 0 and size >= 0 and size != source.size:
         raise SampleError(f"{source.source} has {size} bytes, it had {source.size} at the start: it was changed")
     if source.version != version and source.version.partition(" ")[0] == version.partition(" ")[0]:

