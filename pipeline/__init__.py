@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .layout import next_frame_targets as next_frame_targets
     from .loader import ClipLoader as ClipLoader
     from .loader import build_loader as build_loader
+    from .mask_rule import FrameRule as FrameRule
     from .masks import FrameMask as FrameMask
     from .masks import fast_slow as fast_slow
     from .masks import fast_slow_causal as fast_slow_causal
@@ -64,6 +65,7 @@ _HOME = {
     "frameworks": "FrameworkLoader LoaderTrainerMixin",
     "layout": "FrameLayout frame_position_ids next_frame_targets",
     "loader": "ClipLoader build_loader",
+    "mask_rule": "FrameRule",
     "masks": "FrameMask fast_slow fast_slow_causal frame_causal full leaking_targets make_mask sliding_window "
     "time_causal",
     "order": "SampleOrder",

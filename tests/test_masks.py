@@ -17,6 +17,7 @@ from framestream.pipeline import (
     FastSlowSampling,
     FrameLayout,
     FrameMask,
+    FrameRule,
     leaking_targets,
     make_mask,
     next_frame_targets,
@@ -186,6 +187,37 @@ def test_a_mask_travels_as_a_few_hundred_bytes():
     assert again.pin_memory() is again
     rule = pickle.loads(pickle.dumps(mask.block_mask().mask_mod))
     assert rule(*torch.tensor([0, 0, 5, 9])) == mask.block_mask().mask_mod(*torch.tensor([0, 0, 5, 9]))
+
+
+def test_a_batch_of_different_masks_travels_in_less_than_64_kb():
+    sampling = FastSlowSampling(32, 32, order="interleave")
+    each = [time_causal(FrameLayout.from_plan(sampling.plan(33 + 7 * i), patches=(64, 256))) for i in range(64)]
+    mask = FrameMask.stack(each)
+    assert len(mask.patterns) > 40
+    assert mask.num_frames == 64
+    assert len(pickle.dumps(mask)) < 64 * 1024
+
+
+@pytest.mark.parametrize("operator", ["and", "or"])
+@given(layout=layouts(max_patches=2), names=st.tuples(st.sampled_from(list(RULES)), st.sampled_from(list(RULES))))
+def test_rules_combine_before_there_is_a_layout(operator, layout, names):
+    one, other = (FrameRule(name, **({"window_size": 2} if name == "sliding_window" else {})) for name in names)
+    rule = one & other if operator == "and" else one | other
+    matrices = [expected(name, layout, window=2) for name in names]
+    want = matrices[0] & matrices[1] if operator == "and" else matrices[0] | matrices[1]
+    assert torch.equal(rule(layout).matrix(), want)
+    assert pickle.loads(pickle.dumps(rule)) == rule
+    assert torch.equal((rule | "full")(layout).matrix(), expected("full", layout))
+
+
+def test_a_combined_rule_stands_where_a_name_may():
+    layout = FrameLayout.from_plan(FastSlowSampling(4, 4).plan(40), patches=2)
+    rule = FrameRule("fast_slow") & time_causal
+    assert make_mask(rule, layout) == make_mask("fast_slow_causal", layout)
+    with pytest.raises(ConfigError, match="'slow_fast' is unknown"):
+        FrameRule("slow_fast")
+    with pytest.raises(ConfigError, match="not with 3"):
+        rule & 3
 
 
 def test_batches_stack_index_and_combine():
