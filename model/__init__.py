@@ -19,6 +19,11 @@ if TYPE_CHECKING:
         create_autoregressive_reconstruction_module as create_autoregressive_reconstruction_module,
     )
     from .evaluate import Evaluation as Evaluation
+    from .feature_cache import FeatureCache as FeatureCache
+    from .generation import FrameGenerator as FrameGenerator
+    from .generation import GeneratedFrame as GeneratedFrame
+    from .generation import generate_frames as generate_frames
+    from .hf_trainer import AutoregressiveTrainer as AutoregressiveTrainer
     from .predictor import FramePredictor as FramePredictor
     from .rollout import RolloutOutput as RolloutOutput
     from .towers import PixelTower as PixelTower
@@ -35,6 +40,9 @@ _HOME = {
     "autoregressive_reconstruction": "AutoregressiveReconstruction ReconstructionConfig ReconstructionOutput "
     "create_autoregressive_reconstruction_module",
     "evaluate": "Evaluation",
+    "generation": "FrameGenerator GeneratedFrame generate_frames",
+    "feature_cache": "FeatureCache",
+    "hf_trainer": "AutoregressiveTrainer",
     "predictor": "FramePredictor",
     "rollout": "RolloutOutput",
     "towers": "PixelTower Tower TowerAdapter as_tower",

@@ -20,7 +20,7 @@ from framestream.pipeline.sampling import FAST, SLOW, DenseSampling, FastSlowSam
 
 from .attention import AttentionPlan
 from .clips import PreparedClips, layouts_of, unique_frames
-from .geometry import Grid, squarest_grid
+from .geometry import Grid, PatchPlaces, squarest_grid
 from .mask_choice import choose_mask
 from .pooling import Pool
 from .predictor import FramePredictor
@@ -28,6 +28,10 @@ from .reconstruction_config import ReconstructionConfig
 from .towers import FrozenTower
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from .feature_cache import FeatureCache
+    from .generation import FrameGenerator
     from .rollout import RolloutOutput
 
 __all__ = [
@@ -86,6 +90,8 @@ class AutoregressiveReconstruction(nn.Module):
 
     Attributes:
         batches_without_target: how many batches had nothing to learn from (too short, or all targets leak).
+        hidden_size: channels of the host's hidden states.
+        feature_cache: a `FeatureCache` in which the tower's embeddings are kept, or None, the default.
 
     Raises:
         ConfigError: impossible settings, or an `embedding_dim` that is not the tower's.
@@ -112,7 +118,9 @@ class AutoregressiveReconstruction(nn.Module):
             gradient_checkpointing=config.gradient_checkpointing,
             attention_backend=config.attention_backend,
         )
+        self.hidden_size = hidden_size
         self.batches_without_target = 0
+        self.feature_cache: FeatureCache | None = None
         self._warned_of_leaks = False
 
     def forward(
@@ -228,14 +236,17 @@ class AutoregressiveReconstruction(nn.Module):
         _check_video(frames)
         flat = frames.flatten(0, 1)
         if frame_index is None:
-            embedded = self.tower(flat)
+            embedded = self._embed(flat)
         else:
             first, source = unique_frames(frame_index, frame_valid, frame_clip)
-            embedded = self.tower(flat if len(first) == len(flat) else flat[first.to(flat.device)])
+            embedded = self._embed(flat if len(first) == len(flat) else flat[first.to(flat.device)])
             if len(first) != len(flat):
                 embedded = embedded[source.to(embedded.device)]
         self._check_dim(embedded.shape[-1])
         return embedded.unflatten(0, frames.shape[:2])
+
+    def _embed(self, frames: Tensor) -> Tensor:
+        return self.tower(frames) if self.feature_cache is None else self.feature_cache.encode(self.tower, frames)
 
     def prepare(self, batch: Mapping[str, Any]) -> PreparedClips:
         """Embeds a batch and decides mask and targets; see `forward` for its keys and errors."""
@@ -315,6 +326,25 @@ class AutoregressiveReconstruction(nn.Module):
 
         return rollout(self, batch, steps, hidden_states=hidden_states, hidden_time=hidden_time)
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write settings and weights, without the tower; see `framestream.model.pretrained.save_pretrained`."""
+        from .pretrained import save_pretrained
+
+        save_pretrained(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, vision_tower: nn.Module) -> Self:
+        """A module in eval mode from such a folder; see `framestream.model.pretrained.from_pretrained`."""
+        from .pretrained import from_pretrained
+
+        return from_pretrained(cls, folder, vision_tower)
+
+    def generate_frames(self, batch: Mapping[str, Any], steps: int | None = None, **options: Any) -> FrameGenerator:
+        """See `framestream.model.generation.generate_frames`."""
+        from .generation import generate_frames
+
+        return generate_frames(self, batch, steps, **options)
+
     def _rollout_loss(self, clips: PreparedClips, hidden_states: Tensor | None, hidden_time: Tensor | None) -> Tensor:
         from .rollout import generate, longest_rollout
 
@@ -336,11 +366,20 @@ class AutoregressiveReconstruction(nn.Module):
             slow_coverage=c.slow_coverage,  # type: ignore[arg-type]
         )
 
-    def _pool(self, embedded: Tensor, stream: Tensor, grid: Grid) -> tuple[Tensor, tuple[int, int], dict[int, Grid]]:
-        """`[B, F, P, D]` pooled as each frame's stream wants it and padded, tokens of (slow, fast), and their grids."""
-        grids = {kind: pool.grid(grid) for kind, pool in self.pools.items()}
-        counts = (grids[SLOW][0] * grids[SLOW][1], grids[FAST][0] * grids[FAST][1])
-        known = {counts[SLOW]: grids[SLOW], counts[FAST]: grids[FAST]}
+    def _pool(
+        self, embedded: Tensor, stream: Tensor, grid: Grid
+    ) -> tuple[Tensor, tuple[int, int], dict[int, PatchPlaces]]:
+        """`[B, F, P, D]` pooled as each frame's stream wants it, padded; tokens of (slow, fast); where they stand."""
+        places = {kind: pool.places(grid) for kind, pool in self.pools.items()}
+        slow_count, fast_count = (len(places[kind].rows) * len(places[kind].columns) for kind in (SLOW, FAST))
+        counts = (slow_count, fast_count)
+        known = {counts[SLOW]: places[SLOW], counts[FAST]: places[FAST]}
+        if counts[SLOW] == counts[FAST] and places[SLOW] != places[FAST]:
+            raise ConfigError(
+                f"slow_pool {self.config.slow_pool!r} and fast_pool {self.config.fast_pool!r} leave {counts[FAST]} "
+                f"patches each of a grid of {grid[0]} x {grid[1]}, at different places: pool both streams alike, or to "
+                "different sizes"
+            )
         flat = embedded.flatten(0, 1)
         if self.pools[SLOW] == self.pools[FAST]:
             return self.pools[FAST](flat, grid).unflatten(0, stream.shape), counts, known

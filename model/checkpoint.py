@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from framestream.pipeline.atomic import atomic_write, fsync
 from framestream.pipeline.errors import StateError
+
+from .parallel import share, whole
 
 FORMAT_VERSION = 1
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, BEST_FILE = "model.safetensors", "optimizer.pt", "state.json", "best.json"
@@ -47,10 +49,40 @@ def write_json(path: Path, value: Any) -> None:
     atomic_write(path, json.dumps(value, indent=1).encode())
 
 
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict on the CPU, whole also where ranks hold shares of it: then all of them have to call this."""
+    # A clone per tensor: safetensors refuses tensors that share memory, and tied weights do.
+    return {name: whole(value).detach().cpu().clone().contiguous() for name, value in module.state_dict().items()}
+
+
+def optimizer_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimiser's state dict, likewise whole."""
+    found = optimizer.state_dict()
+    state = {
+        index: {name: whole(value) if isinstance(value, Tensor) else value for name, value in entry.items()}
+        for index, entry in found["state"].items()
+    }
+    return {**found, "state": state}
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file as a whole or not at all."""
+    from safetensors.torch import save
+
+    atomic_write(path, save(dict(weights)))
+
+
 def save_checkpoint(
     folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
 ) -> Checkpoint:
     """Write `folder/step-XXXXXXXX` atomically. `state` must be JSON and contain `step`."""
+    return write_checkpoint(folder, weights_of(module), optimizer_of(optimizer), state)
+
+
+def write_checkpoint(
+    folder: Path, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any], state: Mapping[str, Any]
+) -> Checkpoint:
+    """As `save_checkpoint`, of what `weights_of` and `optimizer_of` gave."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,10 +90,8 @@ def save_checkpoint(
     temporary = folder / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    # A clone per tensor: safetensors refuses tensors that share memory, and tied weights do.
-    weights = {name: value.detach().cpu().clone().contiguous() for name, value in module.state_dict().items()}
-    save_file(weights, temporary / MODEL_FILE)
-    torch.save(optimizer.state_dict(), temporary / OPTIMIZER_FILE)
+    save_file(dict(weights), temporary / MODEL_FILE)
+    torch.save(dict(optimizer), temporary / OPTIMIZER_FILE)
     full_state = {"version": FORMAT_VERSION, **state}
     write_json(temporary / STATE_FILE, full_state)
     for file in temporary.iterdir():
@@ -115,12 +145,16 @@ def load_weights(path: Path, module: nn.Module) -> None:
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Load the optimiser's state; tensors and plain numbers only, no code."""
+    """Load the optimiser's state; tensors and plain numbers only, no code. Sharded parameters take their shares."""
     try:
-        optimizer.load_state_dict(torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True))
+        saved = torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for index, entry in saved["state"].items():
+            saved["state"][index] = {name: share(value, parameters[index]) for name, value in entry.items()}
+        optimizer.load_state_dict(saved)
     except pickle.UnpicklingError as err:
         raise StateError(f"The optimiser state of {path} holds more than tensors and numbers, and is refused.") from err
-    except (OSError, ValueError, RuntimeError) as err:
+    except (OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError) as err:
         raise StateError(f"The optimiser state of {path} does not fit this model: {err}") from err
 
 

@@ -12,7 +12,7 @@ from framestream.pipeline.errors import ConfigError
 from framestream.pipeline.layout import FrameLayout
 from framestream.pipeline.masks import FrameMask
 
-from .geometry import Geometry, Grid
+from .geometry import Geometry, PatchPlaces
 from .losses import patch_error
 
 
@@ -30,7 +30,7 @@ class PreparedClips:
     scored: Tensor  # bool [B, F], frames whose target counts
     leaking: int
     num_scored: int
-    grids: dict[int, Grid]
+    grids: dict[int, PatchPlaces]  # for a number of patches, where they stand
     clip: Tensor | None = None  # int64 [B, F], which clip a frame of a packed sequence belongs to, -1 padding
 
     def select(self, clips: list[int]) -> PreparedClips:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,23 @@ from framestream.pipeline.errors import ConfigError
 Grid = tuple[int, int]  # rows, columns
 
 IMAGE_UNITS = 16.0  # an image is this many units high and wide, whatever its patches: streams pooled differently align
+
+
+def even_centres(count: int) -> tuple[float, ...]:
+    """Centres of `count` equal parts of the image's side."""
+    return tuple((i + 0.5) * (IMAGE_UNITS / count) for i in range(count))
+
+
+class PatchPlaces(NamedTuple):
+    """Centres of a frame's rows and columns of patches, the image being `IMAGE_UNITS` on each side."""
+
+    rows: tuple[float, ...]
+    columns: tuple[float, ...]
+
+    @classmethod
+    def even(cls, grid: Grid) -> PatchPlaces:
+        """Patches of one size that fill the image."""
+        return cls(*(even_centres(n) for n in grid))
 
 
 @dataclass(frozen=True)
@@ -45,7 +63,7 @@ class Geometry:
         time: Tensor,
         stream: Tensor,
         step: Tensor,
-        grids: Mapping[int, Grid] | None = None,
+        grids: Mapping[int, Grid | PatchPlaces] | None = None,
     ) -> Geometry:
         """From the tokens per frame of each clip (`B` tuples of `F` counts).
 
@@ -54,7 +72,8 @@ class Geometry:
             time: `[B, F]` seconds.
             stream: `[B, F]`, 0 slow, 1 fast.
             step: `[B, F]` seconds.
-            grids: rows and columns for a number of patches; the squarest grid where it says nothing.
+            grids: for a number of patches their rows and columns, or where these stand; the squarest grid where it
+                says nothing.
 
         Raises:
             ConfigError: `time` is no float32 or float64 tensor (half precision cannot tell frames apart).
@@ -91,13 +110,17 @@ def squarest_grid(patches: int) -> Grid:
 
 
 @lru_cache(maxsize=256)
-def _token_table(patches: tuple[int, ...], grids: tuple[tuple[int, Grid], ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _token_table(
+    patches: tuple[int, ...], grids: tuple[tuple[int, Grid | PatchPlaces], ...]
+) -> tuple[Tensor, Tensor, Tensor]:
     known = dict(grids)
     frames, rows, columns = [], [], []
     for index, count in enumerate(patches):
-        height, width = known.get(count) or squarest_grid(count)
-        row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        places = known.get(count) or squarest_grid(count)
+        if not isinstance(places, PatchPlaces):
+            places = PatchPlaces.even(places)
+        row, column = torch.meshgrid(torch.tensor(places.rows), torch.tensor(places.columns), indexing="ij")
         frames.append(torch.full((count,), index))
-        rows.append((row.reshape(-1) + 0.5) * (IMAGE_UNITS / height))
-        columns.append((column.reshape(-1) + 0.5) * (IMAGE_UNITS / width))
+        rows.append(row.reshape(-1))
+        columns.append(column.reshape(-1))
     return torch.cat(frames), torch.cat(rows), torch.cat(columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -58,18 +59,20 @@ def _counts(patches: tuple[int, ...]) -> str:
 @lru_cache(maxsize=1024)
 def history_mask(layout: FrameLayout, num_hist: int) -> FrameMask:
     """Each frame sees, of every stream of its clip, no more than `num_hist` valid frames up to its own time."""
-    index, rows = layout.frame_index, []
-    for i in range(layout.num_frames):
+    streams: dict[tuple[int, int], list[int]] = {}
+    own = list(zip(layout.clip, layout.stream, strict=True))
+    for key, index, valid in zip(own, layout.frame_index, layout.valid, strict=True):
+        if valid:
+            streams.setdefault(key, []).append(index)
+    for found in streams.values():
+        found.sort()
+    upto = [bisect_right(streams.get(key, []), index) for key, index in zip(own, layout.frame_index, strict=True)]
+    rows = []
+    for i, now in enumerate(layout.frame_index):
+        seen = {key: bisect_right(found, now) for key, found in streams.items()}
         row = 1 << i
-        for j in range(layout.num_frames):
-            newer = sum(
-                index[j] < index[m] <= index[i]
-                and layout.stream[m] == layout.stream[j]
-                and layout.clip[m] == layout.clip[j]
-                and layout.valid[m]
-                for m in range(layout.num_frames)
-            )
-            if newer < num_hist:
+        for j, key in enumerate(own):
+            if seen.get(key, 0) - upto[j] < num_hist:  # so many valid frames of the stream lie between the two
                 row |= 1 << j
         rows.append(row)
     return FrameMask((FramePattern(tuple(rows), layout.patches),))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,13 +22,18 @@ from .geometry import Geometry
 TIME_BAND = (4 * math.pi, 2 * math.pi / 60)
 SPACE_BAND = (1.0, 1.0 / 64)
 
+# Tokens that the MLP takes at once, on the CPU and on a GPU, which needs more to be busy.
+MLP_TOKENS = (1024, 16384)
+
 KeyValue = tuple[Tensor, Tensor]
+# Neighbouring clips whose new keys go to one place: (first clip, one past the last clip, first token of the place).
+Place = tuple[int, int, int]
 
 
 class LayerCache(NamedTuple):
     """Keys and values of one block: of the frames so far, and of the context (which does not grow)."""
 
-    frames: KeyValue  # each [B, H, N, Dh]
+    frames: KeyValue  # each [B, H, N, Dh]; N is the room that there is, where new frames are written in place
     context: KeyValue  # each [B, H, S + 1, Dh]
 
 
@@ -113,6 +119,7 @@ class FramePredictor(nn.Module):
         *,
         hidden_allowed: Tensor | None = None,
         cache: list[LayerCache] | None = None,
+        places: tuple[Place, ...] | None = None,
         time_origin: Tensor | None = None,
     ) -> tuple[Tensor, list[LayerCache]]:
         """Predicts the next frame at every frame.
@@ -127,6 +134,8 @@ class FramePredictor(nn.Module):
             hidden_allowed: bool `[B, F, S]`, which states a frame may read, as far as `hidden_time` lets it. None: all.
             cache: what earlier calls returned: their keys come before those of `tokens`, and `mask` must be a
                 plan over all of them. The context is that of the first call.
+            places: where in the cache's own tensors the keys of `tokens` are written, instead of behind all others in
+                new ones. Not differentiable; see `framestream.model.kv_cache`.
             time_origin: `[B, 1]` seconds, or `[B, F]` for clips that share a sequence: what rotary time counts from;
                 the earliest frame by default. Calls that share a cache must share it.
 
@@ -145,9 +154,11 @@ class FramePredictor(nn.Module):
         for i, block in enumerate(self.blocks):
             past = None if cache is None else cache[i]
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, kept = checkpoint(block, x, rotary, plan, context, geometry.patches, past, use_reentrant=False)
+                x, kept = checkpoint(
+                    block, x, rotary, plan, context, geometry.patches, past, places, use_reentrant=False
+                )
             else:
-                x, kept = block(x, rotary, plan, context, geometry.patches, past)
+                x, kept = block(x, rotary, plan, context, geometry.patches, past, places)
             grown.append(kept)
         x = x + geometry.spread(self.step_embedding(geometry.step)).to(x.dtype)
         x = self.norm(x)
@@ -219,21 +230,37 @@ class Block(nn.Module):
         context: Context,
         patches: tuple[tuple[int, ...], ...],
         past: LayerCache | None,
+        places: tuple[Place, ...] | None,
     ) -> tuple[Tensor, LayerCache]:
         """x `[B, N, W]` -> the same, and this block's keys and values."""
-        q, k, v = (self._heads(part) for part in self.qkv(self.norm_self(x)).chunk(3, dim=-1))
-        q, k = _rotate(q, rotary).to(v.dtype), _rotate(k, rotary).to(v.dtype)
+        q, k, v = _recomputed(lambda x: self.qkv(self.norm_self(x)), x).chunk(3, dim=-1)
+        v = self._heads(v.contiguous())  # a view would keep the other two thirds until the backward pass
+        q, k = (_rotate(self._heads(part), rotary).to(v.dtype) for part in (q, k))
         if past is not None:
-            k, v = torch.cat([past.frames[0], k], dim=2), torch.cat([past.frames[1], v], dim=2)
+            k, v = _remember(past.frames[0], k, places), _remember(past.frames[1], v, places)
         x = x + self.out_self(self._merge(frame_attention(q, k, v, plan)))
         if past is None:
             ck, cv = (self._heads(part) for part in self.kv_cross(context.states).chunk(2, dim=-1))
         else:
             ck, cv = past.context
-        cq = self._heads(self.q_cross(self.norm_cross(x)))
-        x = x + self.out_cross(self._merge(_read_context(cq, ck, cv, context.allowed, patches)))
-        x = x + self.mlp(self.norm_mlp(x))
+        if ck.shape[2] == 1:
+            # The null state alone: whatever the query, all attention is on it, so one query serves every token.
+            cq = self._heads(self.q_cross(self.norm_cross(torch.zeros_like(x[:, :1]))))
+            x = x + self.out_cross(self._merge(F.scaled_dot_product_attention(cq, ck, cv)))
+        else:
+            cq = self._heads(_recomputed(lambda x: self.q_cross(self.norm_cross(x)), x))
+            x = x + self.out_cross(self._merge(_read_context(cq, ck, cv, context.allowed, patches)))
+        x = x + self._mlp(x)
         return x, LayerCache((k, v), (ck, cv))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        # Part by part, because the backward pass has three tensors of the hidden size at a time.
+        most = x.numel() if torch.compiler.is_compiling() else MLP_TOKENS[x.device.type == "cuda"]
+        parts = []
+        for part in x.flatten(0, 1).split(most):
+            hidden = _recomputed(lambda part: self.mlp[0](self.norm_mlp(part)), part)
+            parts.append(_recomputed(lambda hidden: self.mlp[2](self.mlp[1](hidden)), hidden))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view_as(x)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, N, W] -> [B, H, N, Dh]
@@ -241,6 +268,26 @@ class Block(nn.Module):
     @staticmethod
     def _merge(x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(2)  # [B, H, N, Dh] -> [B, N, W]
+
+
+def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function(x)`, a cheap step and then a matrix product, where the backward pass computes the cheap step again.
+
+    So that its result, the product's input, need not be kept; the product itself is not repeated, because the
+    recomputation ends as soon as everything is there that the backward pass asks for. A compiler decides by itself.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return function(x)
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+
+
+def _remember(past: Tensor, new: Tensor, places: tuple[Place, ...] | None) -> Tensor:
+    """`[B, H, N, Dh]` keys or values with the new ones behind them, or written into their places."""
+    if places is None:
+        return torch.cat([past, new], dim=2)
+    for first, last, start in places:
+        past[first:last, :, start : start + new.shape[2]] = new[first:last]
+    return past
 
 
 class StepEmbedding(nn.Module):
@@ -270,12 +317,16 @@ def _rotary_table(geometry: Geometry, head_dim: int, origin: Tensor | None) -> T
     space = pairs // 3
     if origin is None:
         origin = geometry.time.amin(dim=1, keepdim=True)
+    device = geometry.time.device
     # The difference is taken before rounding to float32, so that a late clip is as exact as an early one.
-    seconds = geometry.spread((geometry.time - origin).float()[..., None])[..., 0]
-    device = seconds.device
+    seconds = geometry.time - origin
+    exact = seconds.dtype == torch.float64
+    turns = (seconds if exact else seconds.float())[..., None] * _frequencies(pairs - 2 * space, TIME_BAND, device)
+    if exact:  # full turns are taken off before rounding too: an hour into a generation they are what would be rounded
+        turns = turns.remainder(2 * math.pi).float()
     angles = torch.cat(
         [
-            seconds[..., None] * _frequencies(pairs - 2 * space, TIME_BAND, device),
+            geometry.spread(turns),
             geometry.row[..., None] * _frequencies(space, SPACE_BAND, device),
             geometry.column[..., None] * _frequencies(space, SPACE_BAND, device),
         ],

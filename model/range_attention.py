@@ -78,7 +78,8 @@ class _RangeAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, runs: tuple[TiledRun, ...]) -> Tensor:
         scale = 1.0 / math.sqrt(q.shape[-1])
         q, k, v = _last_dense(q), _last_dense(k), _last_dense(v)
-        out = torch.empty_like(q)
+        batch, heads, tokens, size = q.shape
+        out = q.new_empty(batch, tokens, heads, size).transpose(1, 2)  # so that merging heads is a view
         sums = torch.empty(q.shape[:3], dtype=_sum_dtype(q.dtype), device=q.device)  # log of softmax sums
         for run in runs:
             clips = slice(run.first, run.last)

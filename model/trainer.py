@@ -14,11 +14,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -28,102 +28,15 @@ from framestream.pipeline.errors import ConfigError, FramestreamError
 
 from . import checkpoint as ckpt
 from .evaluate import Evaluation, evaluate, gather_evaluation, move_batch
-from .losses import LOSSES
 from .metrics import METRICS_FILE, MetricsLog, differences, read_metrics
+from .parallel import compile_blocks, eager, is_sharded, parallel, sync_gradients, whole, whole_weights
 from .ranks import Ranks, any_rank, mean_over_ranks, pick_device
+from .train_settings import TrainSettings
 
 if TYPE_CHECKING:
     from .autoregressive_reconstruction import AutoregressiveReconstruction
 
 CHECKPOINTS = "checkpoints"
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How to train.
-
-    Args:
-        steps: optimiser steps in all.
-        lr: highest learning rate, reached after the warm-up.
-        min_lr_share: the cosine ends at this share of `lr`.
-        warmup_steps: steps of linear warm-up.
-        weight_decay: AdamW's, on matrices only.
-        beta1: AdamW's first moment.
-        beta2: AdamW's second moment.
-        grad_clip: largest gradient norm; 0 does not clip.
-        accumulate: batches per step.
-        precision: "fp32", or "bf16" autocast.
-        eval_every: evaluate on held-out clips every so many steps; 0 only after the last one.
-        eval_batches: batches per evaluation; null takes all.
-        eval_loss: error that evaluations measure, e.g. mse; null takes the model's own loss.
-        rollout_steps: frames that an evaluation generates from the model's own output.
-        checkpoint_every: save every so many steps; 0 only after the last one.
-        keep_last: checkpoints to keep; the best one is kept besides.
-        log_every: steps per line of metrics.jsonl.
-        tensorboard: also write TensorBoard event files.
-        seed: of weights, dropout and whatever else is random in a step.
-        threads: of torch on the CPU; 0 leaves its default. On a busy machine one thread is often far faster than two.
-        device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:1".
-    """
-
-    steps: int = 1000
-    lr: float = 3e-4
-    min_lr_share: float = 0.05
-    warmup_steps: int = 100
-    weight_decay: float = 0.05
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0
-    accumulate: int = 1
-    precision: Literal["fp32", "bf16"] = "fp32"
-    eval_every: int = 500
-    eval_batches: int | None = None
-    eval_loss: str | None = None
-    rollout_steps: int = 4
-    checkpoint_every: int = 500
-    keep_last: int = 2
-    log_every: int = 10
-    tensorboard: bool = True
-    seed: int = 0
-    threads: int = 0
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "keep_last", "log_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}.")
-        for name in (
-            "warmup_steps",
-            "weight_decay",
-            "grad_clip",
-            "eval_every",
-            "rollout_steps",
-            "checkpoint_every",
-            "threads",
-            "seed",
-        ):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"train.{name} must not be negative, got {getattr(self, name)}.")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} must be at least 0 and below 1, got {getattr(self, name)}.")
-        if not 0 <= self.min_lr_share <= 1:
-            raise ConfigError(f"train.min_lr_share must be between 0 and 1, got {self.min_lr_share}.")
-        if self.eval_batches is not None and self.eval_batches < 1:
-            raise ConfigError(f"train.eval_batches must be at least 1, or null for all, got {self.eval_batches}.")
-        if self.eval_loss is not None and self.eval_loss not in LOSSES:
-            raise ConfigError(f"train.eval_loss must be one of {', '.join(LOSSES)}, got {self.eval_loss!r}.")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ConfigError(f"train.lr must be a positive number, got {self.lr}.")
-        if self.precision not in ("fp32", "bf16"):
-            raise ConfigError(f"train.precision must be 'fp32' or 'bf16', got {self.precision!r}.")
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of step `step` (0-based): linear warm-up, then a cosine down to `lr * min_lr_share`."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-        share = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.lr * (self.min_lr_share + (1 - self.min_lr_share) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
 class ResumableLoader(Protocol):
@@ -264,7 +177,6 @@ def train(
     output.mkdir(parents=True, exist_ok=True)
     device = pick_device(settings.device, ranks.local)
     module.to(device)
-    optimizer = _optimizer(module, settings)
     plain_config = json.loads(json.dumps(dict(config or {})))  # as it comes back from a checkpoint
 
     newest = ckpt.latest_checkpoint(folder)
@@ -276,17 +188,17 @@ def train(
                 "choose another output folder, or restore the setting to resume."
             )
         ckpt.load_weights(newest.path, module)
-        ckpt.load_optimizer(newest.path, optimizer)
         loader.load_state_dict(dict(newest.state["loader"]))
         step = newest.step
     resumed_from = step
     best = float(newest.state["best"]) if newest is not None and newest.state["best"] is not None else math.inf
 
-    model: nn.Module = module
-    if ranks.world > 1:
-        model = nn.parallel.DistributedDataParallel(
-            module, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
-        )
+    if settings.compile:
+        compile_blocks(module)
+    model = parallel(module, settings.parallel, ranks, device)
+    optimizer = _optimizer(module, settings)
+    if newest is not None:
+        ckpt.load_optimizer(newest.path, optimizer)
     autocast_dtype = torch.bfloat16 if settings.precision == "bf16" else None
     parameters = [p for p in module.parameters() if p.requires_grad]
     evaluated_at_the_end = any(
@@ -298,21 +210,24 @@ def train(
     evaluation: Evaluation | None = None
 
     def save() -> None:
-        if first_rank:
-            with clock("checkpoint"):
+        with clock("checkpoint"):
+            if first_rank or is_sharded(module):
+                weights, moments = ckpt.weights_of(module), ckpt.optimizer_of(optimizer)
+            if first_rank:
                 state = {
                     "step": step,
                     "loader": loader.state_dict(),
                     "config": plain_config,
                     "best": best if math.isfinite(best) else None,
                 }
-                ckpt.save_checkpoint(folder, module, optimizer, state)
+                ckpt.write_checkpoint(folder, weights, moments, state)
                 ckpt.prune(folder, settings.keep_last)
 
     def measure() -> Evaluation:
         nonlocal best
         assert eval_loader is not None
-        with clock("evaluate"):
+        # Clips are generated frame by frame, in shapes that are not worth compiling.
+        with clock("evaluate"), whole_weights(module), eager():
             found = gather_evaluation(
                 evaluate(
                     module,
@@ -349,7 +264,7 @@ def train(
                         window_wait += time.perf_counter() - wait_started
                     keys += list(batch.get("keys", ()))
                     last_part = part == settings.accumulate - 1
-                    with _sync_gradients(model, last_part):
+                    with sync_gradients(model, last_part):
                         with clock("forward"), torch.autocast(device.type, autocast_dtype, autocast_dtype is not None):
                             loss = model(batch).loss / settings.accumulate
                         with clock("backward"):
@@ -359,7 +274,7 @@ def train(
                     samples += clips * ranks.world
                     window_samples += clips * ranks.world
                 with clock("optimise"):
-                    norm = nn.utils.clip_grad_norm_(parameters, settings.grad_clip or math.inf)
+                    norm = whole(nn.utils.clip_grad_norm_(parameters, settings.grad_clip or math.inf))
                     loss_value, norm_value = mean_over_ranks(loss_sum, ranks).item(), norm.item()
                     if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
                         raise FramestreamError(
@@ -412,10 +327,3 @@ def _of_loader(loader: ResumableLoader) -> dict[str, float]:
     """What a loader that keeps statistics says of itself so far; on several ranks that of the first."""
     stats = loader.stats() if hasattr(loader, "stats") else {}
     return {name: round(stats[name], 3) for name in _LOGGED if name in stats}
-
-
-def _sync_gradients(model: nn.Module, last_part: bool) -> AbstractContextManager[Any]:
-    """DDP adds up gradients in the last accumulation part only."""
-    if isinstance(model, nn.parallel.DistributedDataParallel) and not last_part:
-        return model.no_sync()
-    return nullcontext()

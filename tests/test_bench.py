@@ -7,10 +7,12 @@ import json
 import pytest
 import torch
 
+from framestream.tools.bench_step import training_step
 from framestream.tools.cli import main
+from framestream.tools.peak_memory import peak_bytes
 
 
-@pytest.mark.parametrize(("name", "candidates"), [("masks", 2), ("attention", 3), ("packing", 4)])
+@pytest.mark.parametrize(("name", "candidates"), [("masks", 4), ("attention", 3), ("packing", 4)])
 def test_bench_prints_and_writes(name, candidates, tmp_path, capsys):
     code = main(["bench", name, "--output", str(tmp_path), "--repeats", "2", "--tokens", "256", "512"])
     assert code == 0
@@ -23,6 +25,33 @@ def test_bench_prints_and_writes(name, candidates, tmp_path, capsys):
         assert len(row["ms"]) == candidates
         assert all(value > 0 for value in (*row["ms"].values(), *row["facts"].values()))
         assert row["case"].split(",")[0] in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rows"), [("step", 1), ("rollout", 2)])
+def test_bench_of_the_model_prints_and_writes(name, rows, tmp_path, capsys):
+    assert main(["bench", name, "--output", str(tmp_path), "--repeats", "2", "--tokens", "256"]) == 0
+    result = json.loads((tmp_path / f"{name}.json").read_text())
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert len(result["rows"]) == rows
+    assert all(row["case"].split(",")[0] in capsys.readouterr().out for row in result["rows"][:1])
+
+
+def test_the_usual_design_leaks_without_a_memory_mask_and_ours_does_not():
+    row = training_step(64, 1, "cpu")[0]
+    assert row.facts["framestream leaks"] == 0
+    assert row.facts["decoder, memory_mask leaks"] == 0
+    assert row.facts["decoder leaks"] == 15
+
+
+def test_peak_memory_is_what_was_held_at_once():
+    def work() -> None:
+        first = torch.zeros(1000)
+        del first
+        second, third = torch.zeros(500), torch.zeros(700)
+        del second, third
+
+    assert 4 * 1200 <= peak_bytes(work) < 4 * 1200 + 512
 
 
 @pytest.mark.parametrize(("name", "rows"), [("order", 5), ("workers", 1), ("resume", 2)])

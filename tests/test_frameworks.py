@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -286,12 +287,20 @@ def test_lightning_goes_on_from_every_checkpoint(
         assert {**again, "seen": 0} == {**whole, "seen": 0}
 
 
-def test_the_recipe_for_lightning_runs_as_it_stands(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["frameworks.md", "training.md"])
+def test_the_recipe_for_lightning_runs_as_it_stands(tmp_path: Path, name: str) -> None:
     pytest.importorskip("lightning")
     write_shards(tmp_path / "shards", 6, 3)
-    page = (Path(__file__).parents[1] / "docs" / "frameworks.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / name).read_text()
     (recipe,) = re.findall(r"<!-- lightning -->\n```py\n(.*?)```", page, re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", recipe], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", recipe],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     checkpoint = torch.load(next((tmp_path / "checkpoints").glob("*.ckpt")), weights_only=True)
     assert (checkpoint["Clips"]["epoch"], checkpoint["Clips"]["consumed"]) == (2, 0)

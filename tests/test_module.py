@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import socket
@@ -19,9 +20,11 @@ from framestream.model.autoregressive_reconstruction import (
     ReconstructionConfig,
     create_autoregressive_reconstruction_module,
 )
+from framestream.model.checkpoint import MODEL_FILE
+from framestream.model.geometry import Grid, PatchPlaces
 from framestream.model.pooling import Pool
 from framestream.model.towers import PixelTower
-from framestream.pipeline.errors import ConfigError
+from framestream.pipeline.errors import ConfigError, StateError
 from framestream.pipeline.layout import next_frame_targets
 from framestream.pipeline.masks import FrameMask, make_mask
 from framestream.pipeline.sampling import DenseSampling, FastSlowSampling
@@ -244,8 +247,64 @@ def test_pools_by_hand_and_refused() -> None:
     for bad in (0, -1, 1.5, True, "sum:2", "max", "max:0", "2:max"):
         with pytest.raises(ConfigError, match=r"slow_pool must be"):
             ReconstructionConfig(slow_pool=bad)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"pooling by 3 does not divide .* 4 x 4"):
-        small_module(slow_pool=3)(batch_of(mask=None))
+
+
+@pytest.mark.parametrize("kind", ["average", "max", "bilinear"])
+@pytest.mark.parametrize(("grid", "factor"), [((27, 27), 2), ((5, 7), 2), ((7, 4), 3), ((2, 3), 5), ((4, 6), 2)])
+def test_pools_of_grids_that_the_factor_does_not_divide(kind: str, grid: Grid, factor: int) -> None:
+    """Patches hold their own row and column, so that what is pooled says where it stands."""
+    pool = Pool(kind, factor)
+    at = PatchPlaces.even(grid)
+    row, column = torch.meshgrid(torch.tensor(at.rows), torch.tensor(at.columns), indexing="ij")
+    patches = torch.stack([row, column], -1).reshape(1, -1, 2)
+    size = tuple(math.ceil(n / factor) for n in grid)
+    assert pool.grid(grid) == size
+    got = pool(patches, grid).reshape(*size, 2)
+    places = pool.places(grid)
+    assert (len(places.rows), len(places.columns)) == size
+    pick = torch.amax if kind == "max" else torch.mean
+    for i in range(size[0]):
+        for j in range(size[1]):
+            window = patches.reshape(*grid, 2)[i * factor : (i + 1) * factor, j * factor : (j + 1) * factor]
+            if kind != "bilinear":
+                torch.testing.assert_close(got[i, j], pick(window, dim=(0, 1)))
+            if kind == "max":
+                continue
+            # Bilinear cannot look beyond the outermost centres.
+            where = [
+                min(max(place, centres[0]), centres[-1])
+                for place, centres in ((places.rows[i], at.rows), (places.columns[j], at.columns))
+            ]
+            torch.testing.assert_close(got[i, j], torch.tensor(where))
+
+
+def test_streams_of_a_frame_that_is_not_square_and_not_divided() -> None:
+    torch.manual_seed(0)
+    module = small_module(nn.Conv2d(3, 48, PATCH, PATCH), slow_pool=2, fast_pool="bilinear:3")
+    batch = batch_of(mask=None)
+    batch["video_frames"] = torch.randint(0, 256, (2, 9, 3, 20, 28), dtype=torch.uint8)  # 5 x 7 patches
+    clips = module.prepare(batch)
+    assert {(s, p) for layout in clips.layouts for s, p in zip(layout.stream, layout.patches, strict=True)} == {
+        (0, 12),
+        (1, 6),
+    }
+    geometry = clips.geometry()
+    rows = {n: geometry.row[0][geometry.stream[0][geometry.frame[0]] == n].unique().tolist() for n in (0, 1)}
+    assert rows[0] == pytest.approx([16 / 5 * centre for centre in (1, 3, 4.5)])
+    assert rows[1] == pytest.approx([4, 12])
+    columns = geometry.column[0][geometry.frame[0] == 0].reshape(3, 4)[0].tolist()
+    assert columns == pytest.approx([16 / 7 * centre for centre in (1, 3, 5, 6.5)])
+    out = module(batch)
+    out.loss.backward()
+    assert out.targets == clips.num_scored > 0
+    assert torch.isfinite(out.loss)
+    assert module.rollout(batch, 2).frame_error.isfinite().all()
+
+
+def test_equally_many_patches_at_different_places_are_refused() -> None:
+    module = small_module(slow_pool="bilinear:3", fast_pool="average:3")
+    with pytest.raises(ConfigError, match=r"leave 4 patches each of a grid of 4 x 4, at different places"):
+        module(batch_of(mask=None))
 
 
 # -- masks and settings ----------------------------------------------------------------------------------
@@ -371,6 +430,63 @@ def test_a_batch_with_missing_or_misshapen_keys_is_refused_by_name() -> None:
             small_module()({k: v for k, v in batch.items() if k != key})
         with pytest.raises(ConfigError, match=rf"{key} must be .*\[2, 8\]"):
             small_module()({**batch, key: batch[key][:, 1:]})
+
+
+# -- saved and opened again ------------------------------------------------------------------------------
+
+
+def test_a_saved_module_is_the_same_one_around_its_tower(tmp_path: Path) -> None:
+    tower = nn.Conv2d(3, 48, PATCH, PATCH)
+    module = small_module(tower, slow_pool="max:2", rollout_steps=2, mask="time_causal")
+    module.save_pretrained(tmp_path / "a" / "b")
+    files = {path.name for path in (tmp_path / "a" / "b").iterdir()}
+    assert files == {"config.json", MODEL_FILE}
+    again = AutoregressiveReconstruction.from_pretrained(tmp_path / "a" / "b", tower)
+    assert (again.config, again.hidden_size, again.training) == (module.config, HIDDEN, False)
+    batch = batch_of(patches=(4, 16))
+    assert torch.equal(again(batch).loss, module.eval()(batch).loss)
+    assert (
+        len((tmp_path / "a" / "b" / MODEL_FILE).read_bytes())
+        < 1.1 * 4 * sum(p.numel() for p in module.parameters()) + 1e4
+    )  # no tower
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"window": 3}, ConfigError, r"config\.json: unknown key window .*known are"),
+        ({"num_layers": 0}, ConfigError, r"config\.json: num_layers must be"),
+        ({"num_layers": 1}, StateError, "do not fit"),
+        ({"hidden_size": "12"}, ConfigError, "hidden_size .* must be a whole number"),
+        ({"version": 2}, StateError, "not of format version 1"),
+    ],
+    ids=str,
+)
+def test_a_saved_module_that_was_changed_is_refused(
+    tmp_path: Path, change: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    small_module().save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    with pytest.raises(error, match=said):
+        AutoregressiveReconstruction.from_pretrained(tmp_path, PixelTower(SIDE, PATCH))
+
+
+def test_what_is_no_saved_module_is_refused(tmp_path: Path) -> None:
+    tower = PixelTower(SIDE, PATCH)
+    with pytest.raises(StateError, match=r"give a folder that save_pretrained wrote"):
+        AutoregressiveReconstruction.from_pretrained(tmp_path, tower)
+    small_module().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="embedding_dim is 48"):
+        AutoregressiveReconstruction.from_pretrained(tmp_path, PixelTower(SIDE, 2))
+    torch.save({"predictor": os.getcwd}, tmp_path / MODEL_FILE)  # a pickle under that name is no safetensors file
+    with pytest.raises(StateError, match="do not fit"):
+        AutoregressiveReconstruction.from_pretrained(tmp_path, tower)
+    with pytest.raises(ConfigError, match="mask is a function"):
+        small_module(mask=lambda layout: make_mask("full", layout)).save_pretrained(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be made"):
+        small_module().save_pretrained(tmp_path / "file")
 
 
 # -- where it runs ---------------------------------------------------------------------------------------

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from framestream.model.rollout import rollout
 from framestream.pipeline.errors import ConfigError
+from framestream.pipeline.masks import FrameMask
 from framestream.pipeline.sampling import DenseSampling, FastSlowSampling
 
 from model_setup import HIDDEN, PATCHES, batch_of, dense_batch, small_module
@@ -80,6 +84,38 @@ def test_slow_frames_of_the_generated_moment_are_hidden(order: str) -> None:
     got = rollout(module, batch, 4, teacher_forced=True)
     predictions, _ = parallel(module, slow_first(batch, 4), 4)
     torch.testing.assert_close(got.predictions, predictions, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 4), st.sampled_from([{}, {"slow_pool": 2}, {"fast_pool": 2}]))
+def test_under_any_mask_it_equals_the_parallel_pass_without_the_future(seed: int, steps: int, pools: Any) -> None:
+    """Clips with masks, orders and indices of their own; whatever a mask shows of the future is taken off it."""
+    random = torch.Generator().manual_seed(seed)
+    slow, fast, clips = 3, 6, 3
+    batch = batch_of(FastSlowSampling(num_fast=fast, num_slow=slow), (24,) * clips, mask=None, seed=seed % 2**31)
+    given_masks, masks = [], []
+    for b in range(clips):
+        order = torch.randperm(slow + fast, generator=random)
+        index = torch.randperm(24, generator=random)[: slow + fast]  # no two frames at the same moment
+        stream = (order >= slow).long()
+        batch["frame_index"][b], batch["frame_stream"][b], batch["frame_time"][b] = index, stream, index / 30
+        matrix = torch.rand(slow + fast, slow + fast, generator=random) < torch.rand((), generator=random)
+        matrix |= torch.eye(slow + fast, dtype=torch.bool)
+        moments = index[stream == 1].sort().values[-steps:]
+        old = index < moments[0]
+        new = (stream == 1) & ~old
+        honest = matrix & (old | new) & (old | new)[:, None] & (index <= index[:, None]) | torch.eye(len(old)).bool()
+        honest |= matrix & old & old[:, None]  # among themselves known frames see what they may, in any direction
+        kept = [PATCHES // 4 if f"{name}_pool" in pools else PATCHES for name in ("slow", "fast")]
+        patches = [kept[s] for s in stream.tolist()]
+        given_masks.append(FrameMask.from_matrix(matrix, patches))
+        masks.append(FrameMask.from_matrix(honest, patches))
+    module = small_module(on_leak="allow", **pools)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # targets may leak under such masks, and that is said once
+        got = rollout(module, {**batch, "frame_mask": FrameMask.stack(given_masks)}, steps, teacher_forced=True)
+        want, _ = parallel(module, {**batch, "frame_mask": FrameMask.stack(masks)}, steps)
+    torch.testing.assert_close(got.predictions, want[:, :, : got.predictions.shape[2]], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mask", ["time_causal", "fast_slow", "full", "frame_causal"])

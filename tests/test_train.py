@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import yaml
 from framestream.model import checkpoint as ckpt
 from framestream.model.evaluate import ErrorSum, Evaluation, evaluate
 from framestream.model.metrics import read_metrics
-from framestream.model.trainer import TrainSettings
+from framestream.model.trainer import TrainSettings, train
 from framestream.pipeline.errors import ConfigError, FramestreamError, StateError
 from framestream.tools.config import load_config
 from framestream.tools.train import STOPPED, build, describe, run_config
@@ -187,6 +188,44 @@ def test_accumulated_batches_make_one_step(shards: Path, tmp_path: Path) -> None
     assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "a"), rel=1e-4)
 
 
+def test_packed_clips_learn_what_clips_apart_do(shards: Path, held_out: Path, tmp_path: Path) -> None:
+    found = {}
+    for pack_to in (None, 256):  # a clip has 8 frames of 16 tokens, so that two fit
+        name = str(pack_to)
+        config = write_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, held_out, steps=4)
+        values = yaml.safe_load(config.read_text())
+        values["data"] |= {"pack_to": pack_to, "batch_size": 4}
+        config.write_text(yaml.safe_dump(values))
+        if pack_to:
+            batch = next(iter(build(load_config(config)).loader))
+            assert batch["video_frames"].shape[:2] == (2, 16)
+            with pytest.raises(ConfigError, match=r"model\.rollout_steps continues one clip, and data\.pack_to"):
+                build(load_config(config, ["--model.rollout_steps", "2"]))
+        assert train_command(load_config(config)) == 0
+        rows = read_metrics(tmp_path / name / "metrics.jsonl")
+        found[pack_to] = (losses(tmp_path / name), rows[-1]["eval"]["teacher_forced"]["ratio"])
+        assert rows[-1]["eval"]["clips"] == 3  # held-out ones stand apart
+    assert found[256][0] == pytest.approx(found[None][0], rel=1e-4)
+    assert found[256][1] == pytest.approx(found[None][1], rel=1e-4)
+
+
+def test_progress_and_tensorboard(shards: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = load_config(write_config(tmp_path / "c.yaml", shards, tmp_path, shards, steps=3, eval_every=2))
+    run, seen = build(config), []
+    settings = dataclasses.replace(config.train, tensorboard=True)
+    train(run.module, run.loader, settings, output=tmp_path, eval_loader=run.eval_loader, on_progress=seen.append)
+    assert [(one.step, one.steps) for one in seen] == [(1, 3), (2, 3), (3, 3)]
+    assert all(one.samples_per_s > 0 and 0 <= one.wait_share <= 1 for one in seen)
+    assert [one.evaluation is not None for one in seen] == [False, True, False]
+    written = EventAccumulator(str(tmp_path / "tensorboard"))
+    written.Reload()
+    scalars = {event.step: event.value for event in written.Scalars("train/loss")}
+    assert scalars == pytest.approx(losses(tmp_path))
+    assert {"train/lr", "train/grad_norm", "train/wait_share", "eval/error_ratio"} <= set(written.Tags()["scalars"])
+
+
 def test_divergence_stops_before_it_is_saved(shards: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", lr=1e30, warmup_steps=0, checkpoint_every=1)
     with pytest.raises(FramestreamError, match=r"Step \d+: loss .* clips clip-\d+.*lower train.lr"):
@@ -317,6 +356,7 @@ def test_learning_rate_warms_up_and_decays() -> None:
         *({"steps": 0}, {"lr": 0.0}, {"precision": "fp16"}, {"accumulate": 0}, {"grad_clip": -1}, {"seed": -1}),
         *({"beta1": 1.0}, {"beta2": -0.1}, {"beta2": math.nan}, {"eval_loss": "mae"}, {"eval_batches": 0}),
         *({"min_lr_share": -0.1}, {"min_lr_share": 1.5}, {"weight_decay": math.nan}),
+        *({"parallel": "fsdp"}, {"feature_cache_gb": 0}, {"feature_cache_gb": math.inf}),
     ],
 )
 def test_impossible_settings(wrong: dict[str, object]) -> None:

@@ -17,16 +17,33 @@ import torch
 
 from framestream.pipeline.errors import ConfigError
 
+from .bench_attention import attention
 from .bench_loader import MEASURES
-from .bench_model import attention, masks, packing
+from .bench_masks import masks
+from .bench_packing import packing
 from .bench_picture import draw_bars
+from .bench_rollout import rollout
 from .bench_rows import Row
+from .bench_step import training_step
 from .bench_table import print_rows
 from .cores import usable_cores
 
 
 def bench(
-    name: Literal["decode", "loader", "shard", "assign", "masks", "attention", "packing", "order", "workers", "resume"],
+    name: Literal[
+        "decode",
+        "loader",
+        "shard",
+        "assign",
+        "masks",
+        "attention",
+        "packing",
+        "step",
+        "rollout",
+        "order",
+        "workers",
+        "resume",
+    ],
     *,
     output: str = "runs/bench",
     repeats: int | None = None,
@@ -52,10 +69,14 @@ def bench(
     shard       `framestream shard` encoding, copying whole files and cutting at key frames, against the ffmpeg command
                 line on the same work and Python's tarfile.
     assign      planning a million probed inputs: time and peak memory, in a process of its own.
-    masks       FrameMask.block_mask against torch's create_block_mask, for an equal result.
-    attention   forward and backward under a frame mask by key ranges, against a dense boolean mask and unmasked
-                attention; `ideal` is unmasked time multiplied by the share of token pairs that may attend.
+    masks       FrameMask.block_mask against torch's create_block_mask, for an equal result: time, peak memory, batches.
+    attention   forward and backward under every frame mask by key ranges, against a dense boolean mask and unmasked
+                attention: time and peak memory; `ideal` is unmasked time multiplied by the share of token pairs that
+                may attend.
     packing     the predictor over clips of 16, 12, 8 and 5 frames: padded to the longest, and packed in one sequence.
+    step        a training step of the module against the usual design (a TransformerDecoder under a dense mask, with
+                and without a mask on its memory): time, peak memory, and how many frames the last one reaches.
+    rollout     generating 16 frames from a cache, against computing everything again for each.
     order       how well windows of shards shuffle, against a full shuffle.
     workers     an epoch with the loader's own workers, against torch's DataLoader; and what checksums cost.
     resume      opening 10 and 10,000 shards, and the first batch after a resume at the start and at 99 % of an epoch.
@@ -83,8 +104,8 @@ def bench(
         short_side: pixels of the shorter side of the frames that decode and loader give.
         workers: numbers of worker processes that the loader is measured with.
         threads: threads of PyTorch in this process.
-        device: cpu or cuda, for masks and attention.
-        tokens: sequence lengths for masks; attention takes 16 frames of tokens/16 patches.
+        device: cpu or cuda, for masks, attention, packing, step and rollout.
+        tokens: sequence lengths, 16 frames of tokens/16 patches, for masks, attention, packing, step and rollout.
         rows: inputs of the plan for assign.
     """
     folder = _checked(output, repeats, threads, device, tokens)
@@ -105,7 +126,7 @@ def bench(
     elif name == "shard":
         from .bench_shard import bench_shard
 
-        repeats = repeats or 5
+        repeats = repeats or 3
         facts = bench_shard(folder, repeats, workers=max(workers))
     elif name == "assign":
         from .bench_assign import bench_assign
@@ -139,6 +160,8 @@ def _small(name: str, folder: Path, repeats: int, device: str, tokens: list[int]
             "masks": masks,
             "attention": attention,
             "packing": packing,
+            "step": training_step,
+            "rollout": rollout,
         }
         rows = [row for n in tokens for row in measures[name](n, repeats, device)]
     print_rows(name, rows)

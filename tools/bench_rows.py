@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -28,6 +29,13 @@ class Row:
     notes: dict[str, str] = field(default_factory=dict)
     times: dict[str, list[float]] = field(default_factory=dict)
 
+    def over(self, name: str, other: str) -> float:
+        """Median over rounds of one candidate's time over another's in the same round."""
+        found = ratio(self.times, name, other)
+        if found is None:
+            raise KeyError(f"{name} and {other} were not both measured")
+        return found
+
 
 def interleaved(candidates: Mapping[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
     """Median milliseconds of each candidate; one warm-up round, then `repeats` rounds in turn."""
@@ -40,6 +48,27 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], repeats: int, de
                 torch.cuda.synchronize()
             times[name].append((time.perf_counter() - start) * 1e3)
     return {name: statistics.median(measured[1:]) for name, measured in times.items()}
+
+
+def computed(case: str, candidates: Mapping[str, Callable[[], object]], repeats: int, device: str) -> Row:
+    """A row of pure computations in this process, with the times of all rounds; one warm-up round first.
+
+    On one CPU thread processor time counts, to which other work on the machine adds little; else wall-clock time.
+    """
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+    def milliseconds(run: Callable[[], object]) -> float:
+        start = clock()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return (clock() - start) * 1e3
+
+    for run in candidates.values():
+        milliseconds(run)
+    timed = {name: partial(milliseconds, run) for name, run in candidates.items()}
+    times = rounds(timed, repeats, seconds={}, budget_s=0)
+    return Row(case, {name: statistics.median(found) for name, found in times.items()}, times=times)
 
 
 def rounds(

@@ -38,6 +38,8 @@ class DataConfig:
             frame_causal for one stream.
         window_size: frames that `mask: sliding_window` shows, the frame itself included.
         batch_size: clips per batch and process.
+        pack_to: tokens of a sequence into which several training clips are packed, so that short ones waste nothing;
+            null gives each clip a sequence of its own. Held-out clips are never packed.
         eval_batch_size: clips per evaluation batch; null takes batch_size.
         workers: worker processes that decode; 0 decodes in the training process. Results do not depend on it.
         seed: of order and random choices.
@@ -62,6 +64,7 @@ class DataConfig:
     mask: str | None = None
     window_size: int = 3
     batch_size: int = 8
+    pack_to: int | None = None
     eval_batch_size: int | None = None
     workers: int = 2
     seed: int = 0
@@ -193,6 +196,7 @@ _NO_PART_OF_THE_RESULT = {
     "data": (
         "shards",
         "held_out",
+        "batch_size",
         "workers",
         "decoder",
         "storage_options",
@@ -207,6 +211,10 @@ _NO_PART_OF_THE_RESULT = {
         "keep_last",
         "log_every",
         "tensorboard",
+        "parallel",
+        "compile",
+        "feature_cache",
+        "feature_cache_gb",
         "threads",
         "device",
         "rollout_steps",

@@ -178,6 +178,7 @@ def build_loaders(
         transform=Augment() if data.augment else None,
         window_shards=data.window_shards,
         epoch_samples=data.epoch_samples,
+        pack_to=data.pack_to,
         **common,
     )
     if not data.held_out:
@@ -188,14 +189,15 @@ def build_loaders(
     return loader, held_out
 
 
-def build(config: TrainConfig, *, device: torch.device | None = None) -> Run:
-    """Build model and loaders; everything that a config can get wrong is found here.
+def build(config: TrainConfig, *, device: torch.device | None = None, world: int = 1) -> Run:
+    """Build model and loaders, on one of `world` ranks; everything that a config can get wrong is found here.
 
     Raises:
         ConfigError: an impossible setting, an empty data set.
         ShardError: shards that cannot be read.
     """
     from framestream.model.autoregressive_reconstruction import create_autoregressive_reconstruction_module
+    from framestream.model.feature_cache import FeatureCache
     from framestream.model.patch_basis import start_with_differences
 
     if not config.data.shards:
@@ -211,6 +213,9 @@ def build(config: TrainConfig, *, device: torch.device | None = None) -> Run:
             "model.start_with_differences needs at least 3 heads of at least embedding_dim channels each: "
             f"set model.predictor_dim to {3 * config.model.embedding_dim} and model.num_heads to 3."
         )
+    if config.train.feature_cache is not None:
+        space = int(config.train.feature_cache_gb * 1e9)
+        module.feature_cache = FeatureCache(config.train.feature_cache, space, world)
     loader, eval_loader = build_loaders(config, patches, device)
     return Run(module, loader, eval_loader, patches)
 
@@ -225,6 +230,16 @@ def _check(config: TrainConfig, device: torch.device) -> None:
     if config.model.attention_backend == "flex" and device.type == "cpu":
         raise ConfigError(
             "model.attention_backend flex cannot train on the CPU, where it has no backward pass: use auto or ranges."
+        )
+    if config.train.feature_cache is not None and (config.data.augment or config.data.crop == "random"):
+        raise ConfigError(
+            "train.feature_cache keeps frames that come back as they were, and data.augment and data.crop random make "
+            "each of them anew: set data.augment to false and data.crop to center, or leave the cache out."
+        )
+    if config.data.pack_to is not None and config.model.rollout_steps:
+        raise ConfigError(
+            "model.rollout_steps continues one clip, and data.pack_to puts several into a sequence: set one of them to "
+            "null or 0."
         )
     sampling = make_sampling(config.sampling())
     fast = sampling.num_fast if isinstance(sampling, FastSlowSampling) else sampling.num_frames
@@ -262,7 +277,7 @@ def run_config(config: TrainConfig, *, quiet: bool = False, label: str = "Traini
 
 def _run_on(config: TrainConfig, ranks: Ranks, quiet: bool, label: str) -> tuple[Run, TrainResult]:
     output = Path(config.output)
-    run = build(config, device=pick_device(config.train.device, ranks.local))
+    run = build(config, device=pick_device(config.train.device, ranks.local), world=ranks.world)
     if ranks.rank == 0:
         output.mkdir(parents=True, exist_ok=True)
         if not ckpt.list_checkpoints(output / CHECKPOINTS):

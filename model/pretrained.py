@@ -1,0 +1,75 @@
+"""A trained module as a folder that another program can open: settings and weights, without the tower.
+
+    folder/config.json         the settings of `ReconstructionConfig`, `hidden_size` and a format version
+           model.safetensors   trained weights
+
+Both are plain values and numbers; nothing that is read here executes code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
+
+from framestream.pipeline.errors import ConfigError, StateError
+
+from .checkpoint import MODEL_FILE, load_weights, weights_of, write_json, write_weights
+from .reconstruction_config import ReconstructionConfig
+
+if TYPE_CHECKING:
+    from .autoregressive_reconstruction import AutoregressiveReconstruction
+
+Module = TypeVar("Module", bound="AutoregressiveReconstruction")
+CONFIG_FILE = "config.json"
+FORMAT_VERSION = 1
+
+
+def save_pretrained(module: AutoregressiveReconstruction, folder: str | Path) -> None:
+    """Write `config.json` and `model.safetensors` into `folder`, which is made where it is missing.
+
+    Raises:
+        ConfigError: `mask` is a function, which a file cannot hold; or `folder` is no folder.
+    """
+    folder = Path(folder)
+    if callable(module.config.mask):
+        raise ConfigError(
+            "mask is a function, and config.json holds plain values: name a rule of framestream.pipeline.masks, or "
+            "leave mask out and give the batches their frame_mask."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise ConfigError(f"{folder} cannot be made ({err}): give another folder.") from err
+    write_weights(folder / MODEL_FILE, weights_of(module))
+    settings = dataclasses.asdict(module.config)
+    write_json(folder / CONFIG_FILE, {"version": FORMAT_VERSION, "hidden_size": module.hidden_size, **settings})
+
+
+def from_pretrained(kind: type[Module], folder: str | Path, vision_tower: nn.Module) -> Module:
+    """Build a `kind` from what `save_pretrained` wrote, around a tower like the one it was trained on.
+
+    Raises:
+        StateError: no such folder, damaged files, another format version, or weights that do not fit.
+        ConfigError: unknown or impossible settings, or a tower of another `embedding_dim`.
+    """
+    path = Path(folder) / CONFIG_FILE
+    try:
+        settings: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise StateError(f"{path} cannot be read ({err}): give a folder that save_pretrained wrote.") from err
+    if not isinstance(settings, dict) or settings.pop("version", None) != FORMAT_VERSION:
+        raise StateError(f"{path} is not of format version {FORMAT_VERSION}: give a folder that save_pretrained wrote.")
+    hidden_size = settings.pop("hidden_size", None)
+    if isinstance(hidden_size, bool) or not isinstance(hidden_size, int) or hidden_size < 1:
+        raise ConfigError(f"hidden_size in {path} must be a whole number of at least 1, got {hidden_size!r}.")
+    try:
+        config = ReconstructionConfig.make(settings)
+    except ConfigError as err:
+        raise ConfigError(f"{path}: {err}") from err
+    module = kind(vision_tower, hidden_size, config)
+    load_weights(Path(folder), module)
+    return module.eval()
