@@ -39,6 +39,7 @@ COMMANDS = {
     "verify": Command("verify", "verify", "read a shard set back and check everything", ("folder", "")),
     "inspect": Command("inspect_command", "inspect", "look at shards: all of them, or one sample", ("target", "+")),
     "train": Command("train", "main", "train a model from a config", parses_itself=True),
+    "ablate": Command("ablate", "ablate", "compare frame masks and fast-slow frames, over seeds", ("config", "?")),
     "audit": Command("audit", "audit", "prove that a model is causal, or show where it leaks", ("target", "")),
     "demo": Command("demo", "demo", "videos to a trained model and a report, in one go"),
     "bench": Command("bench", "bench", "measure this machine, ours and others side by side", ("name", "")),

@@ -1,0 +1,162 @@
+"""Scores that can be compared over the rows: the same target frames, teacher-forced and generated.
+
+`framestream.model.evaluate` leaves targets out that a mask shows to their query. Here they count, with what they gain:
+what a leak pretends is one of the two numbers, and what is left of it in generation the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from framestream.model.autoregressive_reconstruction import AutoregressiveReconstruction, PreparedClips
+from framestream.model.evaluate import ErrorSum, move_batch
+from framestream.model.losses import patch_error
+from framestream.model.rollout import generate
+from framestream.pipeline.errors import ConfigError
+from framestream.pipeline.masks import leaking_targets
+from framestream.pipeline.sampling import FAST
+
+
+@dataclass
+class Score:
+    """Errors of one run on held-out clips. Every row is scored on the same frames of the same clips.
+
+    Attributes:
+        teacher_forced: the newest `num_fast - 1` frames, each predicted from true frames.
+        forced_steps: `[step]`, the same for the frames that are generated below.
+        rollout: `[step]`, frames generated one after the other; copy-last repeats the last true frame.
+        clips: with enough frames to be scored.
+        targets: digest of which frames of which clips were predicted.
+        leaking: how many of the scored targets their query can see.
+    """
+
+    teacher_forced: ErrorSum
+    forced_steps: list[ErrorSum]
+    rollout: list[ErrorSum]
+    clips: int
+    targets: str
+    leaking: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, with the ratios written out."""
+
+        def one(errors: ErrorSum) -> dict[str, Any]:
+            return {**asdict(errors), "ratio": errors.ratio if errors.ratio == errors.ratio else None}
+
+        return {
+            "teacher_forced": one(self.teacher_forced),
+            "forced_steps": [one(step) for step in self.forced_steps],
+            "rollout": [one(step) for step in self.rollout],
+            "clips": self.clips,
+            "targets": self.targets,
+            "leaking": self.leaking,
+        }
+
+
+def last_fast(batch: Mapping[str, Any], count: int) -> Tensor:
+    """int64 `[B, count]`: positions of the newest `count` fast frames in order of time; -1 for clips with fewer."""
+    fast = (batch["frame_stream"] == FAST) & batch["frame_valid"].bool()
+    found = torch.full((len(fast), count), -1)
+    for row, (usable, index) in enumerate(zip(fast, batch["frame_index"], strict=True)):
+        places = usable.nonzero()[:, 0]
+        if len(places) >= count:
+            found[row] = places[index[places].argsort(stable=True)][-count:]
+    return found
+
+
+@torch.no_grad()
+def score(
+    module: AutoregressiveReconstruction,
+    loader: Iterable[Mapping[str, Any]],
+    *,
+    frames: int,
+    rollout_steps: int,
+    loss: str | None = None,
+    max_batches: int | None = None,
+) -> Score:
+    """Measure a module on the newest `frames` fast frames of each clip; the first of them is no target.
+
+    Args:
+        module: put into eval mode and back.
+        loader: held-out batches, in a fixed order.
+        frames: fast frames that every row of the ablation has.
+        rollout_steps: frames to generate, fewer than `frames`.
+        loss: error to measure in place of the module's own. Towers that can give patches back as pixels
+            (`to_pixels`) are measured in pixels, without `target_norm`.
+        max_batches: stop after so many; None takes all.
+
+    Raises:
+        ConfigError: no clip has `frames` fast frames.
+    """
+    was_training, config = module.training, module.config
+    device = next(module.parameters()).device
+    to_pixels = None if config.target_norm else getattr(module.tower.tower, "to_pixels", None)
+    metric = loss or config.loss
+    digest, clips, leaking = hashlib.sha256(), 0, 0
+    forced = [ErrorSum()] * (frames - 1)
+    made = [ErrorSum()] * rollout_steps
+    module.eval()
+    module.config = replace(config, on_leak="allow")  # count leaking targets, whatever the row was trained on
+    try:
+        for number, batch in enumerate(loader):
+            if number == max_batches:
+                break
+            at = last_fast(batch, frames)
+            kept = [
+                row
+                for row, meta in enumerate(batch.get("meta") or [{}] * len(at))
+                if at[row, 0] >= 0 and not meta.get("padding")
+            ]
+            if not kept:
+                continue
+            for row in kept:
+                digest.update(f"{batch['keys'][row]} {batch['frame_index'][row][at[row]].tolist()}\n".encode())
+            prepared = module.prepare(move_batch(batch, device))
+            predicted = prepared.unpack(module.predict(prepared)[0].float())
+            free = generate(module, prepared, rollout_steps).predictions.float()
+            patches = free.shape[2]  # of a fast frame
+            place = at.clamp(min=0).to(device)
+            true, guess = (_at(values, place)[:, :, :patches] for values in (prepared.embeddings, predicted))
+            if to_pixels is not None:
+                true, guess, free = to_pixels(true), to_pixels(guess), to_pixels(free)
+            model, copied = (_errors(values[:, :-1], true[:, 1:], metric, kept) for values in (guess, true))
+            free_model = _errors(free, true[:, frames - rollout_steps :], metric, kept)
+            start = true[:, frames - rollout_steps - 1, None].expand_as(free)
+            free_copied = _errors(start, true[:, frames - rollout_steps :], metric, kept)
+            for i in range(frames - 1):
+                forced[i] += ErrorSum.over(model[:, i], copied[:, i])
+            for step in range(rollout_steps):
+                made[step] += ErrorSum.over(free_model[:, step], free_copied[:, step])
+            clips += len(kept)
+            leaking += _leaking(module, prepared, at, kept)
+    finally:
+        module.config = config
+        module.train(was_training)
+    if not clips:
+        raise ConfigError(f"No held-out clip has {frames} fast frames to be scored on: use longer clips.")
+    steps = forced[len(forced) - rollout_steps :]
+    return Score(sum(forced, ErrorSum()), steps, made, clips, digest.hexdigest()[:16], leaking)
+
+
+def _at(frames: Tensor, place: Tensor) -> Tensor:
+    """`[B, F, P, D]` at `[B, n]` -> `[B, n, P, D]`."""
+    return frames.gather(1, place[:, :, None, None].expand(-1, -1, *frames.shape[2:]))
+
+
+def _errors(guess: Tensor, true: Tensor, metric: str, kept: list[int]) -> Tensor:
+    """float32 `[kept, n]` on the CPU."""
+    return patch_error(guess, true, metric).mean(-1).float().cpu()[kept]
+
+
+def _leaking(module: AutoregressiveReconstruction, prepared: PreparedClips, at: Tensor, kept: list[int]) -> int:
+    found = 0
+    for row in kept:
+        seen = leaking_targets(prepared.layouts[row], prepared.mask[row], module.config.num_layers)
+        found += sum(bool(seen[int(query)]) for query in at[row, :-1])
+    return found
