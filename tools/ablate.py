@@ -14,11 +14,9 @@ import torch
 
 from framestream.model.autoregressive_reconstruction import (
     AutoregressiveReconstruction,
-    create_autoregressive_reconstruction_module,
 )
 from framestream.model.checkpoint import write_json
 from framestream.model.metrics import differences
-from framestream.model.patch_basis import start_with_differences
 from framestream.model.ranks import pick_device
 from framestream.model.trainer import Progress
 from framestream.model.trainer import train as train_module
@@ -34,7 +32,7 @@ from .audit_batch import find_subject
 from .config import TrainConfig
 from .console import console, progress_bar
 from .synthetic_sets import SIDE, SyntheticLoader
-from .train import STOPPED, build_loaders, build_tower, patches_of
+from .train import STOPPED, build_loaders, build_module, build_tower, patches_of
 
 SETTINGS_FILE, SCORE_FILE, COST_FILE, RUNS = "settings.json", "score.json", "cost.json", "runs"
 HELD_OUT_BATCHES, HELD_OUT_CLIPS = 4, 32  # of a synthetic set
@@ -204,13 +202,7 @@ def _seeded(experiment: Experiment, row: Row, seed: int) -> tuple[TrainConfig, A
     torch.manual_seed(base.train.seed)
     tower = build_tower(base)
     config, tokens = row_config(base, row, tower)
-    module = create_autoregressive_reconstruction_module(tower, config.model.hidden_size, config.model.reconstruction())
-    if config.model.start_with_differences and not start_with_differences(module.predictor):
-        raise ConfigError(
-            "model.start_with_differences needs at least 3 heads of at least embedding_dim channels each: "
-            f"set model.predictor_dim to {3 * config.model.embedding_dim} and model.num_heads to 3."
-        )
-    return config, module, tokens
+    return config, build_module(config, tower)[0], tokens
 
 
 def _loaders(

@@ -21,7 +21,7 @@ from framestream.pipeline.masks import leaking_targets, make_mask
 from framestream.pipeline.sampling import FastSlowSampling, Sampling, SamplingPlan, make_sampling
 
 from .config import TrainConfig, load_config, parse
-from .train import build_loaders, build_tower, patches_of
+from .train import build_loaders, build_module
 
 if TYPE_CHECKING:
     from framestream.model.autoregressive_reconstruction import AutoregressiveReconstruction
@@ -92,18 +92,13 @@ def build_subject(
         ConfigError: settings that do not fit each other, or FlexAttention on a CPU.
         StateError: the weights do not fit the config.
     """
-    from framestream.model.autoregressive_reconstruction import create_autoregressive_reconstruction_module
-
     config = subject.config
     if config.model.attention_backend == "flex" and device.type == "cpu":
         raise ConfigError(
             "model.attention_backend flex has no gradient on the CPU: audit with --device cuda, or with "
             "--overrides model.attention_backend=auto."
         )
-    torch.manual_seed(config.train.seed)
-    tower = build_tower(config)
-    patches = patches_of(config, tower)
-    module = create_autoregressive_reconstruction_module(tower, config.model.hidden_size, config.model.reconstruction())
+    module, patches = build_module(config, as_configured=False)
     notes = []
     if subject.checkpoint is not None:
         ckpt.load_weights(subject.checkpoint, module)

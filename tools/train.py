@@ -189,6 +189,35 @@ def build_loaders(
     return loader, held_out
 
 
+def build_module(
+    config: TrainConfig, tower: nn.Module | None = None, *, as_configured: bool = True
+) -> tuple[AutoregressiveReconstruction, int | tuple[int, int]]:
+    """The module of a config with the weights that it starts from, and its patches per frame.
+
+    Args:
+        config: `train.seed` decides the weights, unless a tower is given, which has drawn from the seed already.
+        tower: of `build_tower`; None builds it.
+        as_configured: False leaves `start_with_differences` out.
+
+    Raises:
+        ConfigError: settings that do not fit each other.
+    """
+    from framestream.model.autoregressive_reconstruction import create_autoregressive_reconstruction_module
+    from framestream.model.patch_basis import start_with_differences
+
+    if tower is None:
+        torch.manual_seed(config.train.seed)
+        tower = build_tower(config)
+    patches = patches_of(config, tower)
+    module = create_autoregressive_reconstruction_module(tower, config.model.hidden_size, config.model.reconstruction())
+    if as_configured and config.model.start_with_differences and not start_with_differences(module.predictor):
+        raise ConfigError(
+            "model.start_with_differences needs at least 3 heads of at least embedding_dim channels each: "
+            f"set model.predictor_dim to {3 * config.model.embedding_dim} and model.num_heads to 3."
+        )
+    return module, patches
+
+
 def build(config: TrainConfig, *, device: torch.device | None = None, world: int = 1) -> Run:
     """Build model and loaders, on one of `world` ranks; everything that a config can get wrong is found here.
 
@@ -196,23 +225,13 @@ def build(config: TrainConfig, *, device: torch.device | None = None, world: int
         ConfigError: an impossible setting, an empty data set.
         ShardError: shards that cannot be read.
     """
-    from framestream.model.autoregressive_reconstruction import create_autoregressive_reconstruction_module
     from framestream.model.feature_cache import FeatureCache
-    from framestream.model.patch_basis import start_with_differences
 
     if not config.data.shards:
         raise ConfigError("data.shards is not set: give the folder that `framestream shard` wrote.")
     device = device or pick_device(config.train.device)
     _check(config, device)
-    torch.manual_seed(config.train.seed)
-    tower = build_tower(config)
-    patches = patches_of(config, tower)
-    module = create_autoregressive_reconstruction_module(tower, config.model.hidden_size, config.model.reconstruction())
-    if config.model.start_with_differences and not start_with_differences(module.predictor):
-        raise ConfigError(
-            "model.start_with_differences needs at least 3 heads of at least embedding_dim channels each: "
-            f"set model.predictor_dim to {3 * config.model.embedding_dim} and model.num_heads to 3."
-        )
+    module, patches = build_module(config)
     if config.train.feature_cache is not None:
         space = int(config.train.feature_cache_gb * 1e9)
         module.feature_cache = FeatureCache(config.train.feature_cache, space, world)
