@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help install demo test test-slow test-browser soak fuzz conformance lint types clean
+.PHONY: help install demo test test-slow test-browser soak fuzz conformance docs lint types names clean
 
 help:
 	@echo "make demo           videos to a trained model and runs/demo/report.html (VIDEOS=/some/folder for your own)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-browser   pages in headless Chromium"
 	@echo "make soak fuzz      memory and kills over long runs; thousands of damaged inputs (minutes each)"
 	@echo "make conformance    measure every reader on every kind of video, and write docs/conformance.md"
+	@echo "make docs           the documentation as a site, in build/site, with its pictures drawn anew"
 	@echo "make lint types     ruff and mypy"
 	@echo "make clean          remove the virtual environment and everything built"
 
@@ -53,14 +54,21 @@ conformance: $(INSTALLED)
 	$(BIN)/python tests/write_conformance.py $(if $(DECORD2),--decord2 "$(DECORD2)") \
 	  $(if $(TORCHCODEC),--torchcodec "$(TORCHCODEC)")
 
+docs: $(INSTALLED) names
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/python -m framestream.tools.draw_docs docs/images
+	$(BIN)/mkdocs build --strict
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy looks packages up by folder, so give it one in which the installed names hold.
-types: $(INSTALLED)
+# mypy and mkdocstrings look packages up by folder, so give them one in which the installed names hold.
+names:
 	@mkdir -p build/types/framestream
 	@for p in pipeline model tools configs; do ln -sfn "$(CURDIR)/$$p" build/types/framestream/$$p; done
+
+types: $(INSTALLED) names
 	MYPYPATH=build/types $(BIN)/mypy -p framestream.pipeline -p framestream.model -p framestream.tools
 
 clean:
