@@ -293,9 +293,14 @@ class AutoregressiveReconstruction(nn.Module):
         )
 
     def predict(
-        self, clips: PreparedClips, hidden_states: Tensor | None = None, hidden_time: Tensor | None = None
+        self,
+        clips: PreparedClips,
+        hidden_states: Tensor | None = None,
+        hidden_time: Tensor | None = None,
+        *,
+        keep_cache: bool = False,
     ) -> tuple[Tensor, list[Any]]:
-        """The predictor's parallel pass: `[B, N, D]`, and its keys and values."""
+        """The predictor's parallel pass: `[B, N, D]`, and with `keep_cache` its keys and values, else an empty list."""
         tokens, own = clips.pack(), None
         if clips.clip is not None and hidden_states is not None:
             hidden_states, hidden_time, own = clips.spread_states(hidden_states, hidden_time)
@@ -307,6 +312,7 @@ class AutoregressiveReconstruction(nn.Module):
             hidden_time,
             hidden_allowed=own,
             time_origin=clips.time_origin(),
+            keep_cache=keep_cache,
         )
 
     def plan(self, mask: FrameMask, tokens: Tensor) -> AttentionPlan:

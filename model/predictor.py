@@ -121,6 +121,7 @@ class FramePredictor(nn.Module):
         cache: list[LayerCache] | None = None,
         places: tuple[Place, ...] | None = None,
         time_origin: Tensor | None = None,
+        keep_cache: bool = True,
     ) -> tuple[Tensor, list[LayerCache]]:
         """Predicts the next frame at every frame.
 
@@ -138,6 +139,7 @@ class FramePredictor(nn.Module):
                 new ones. Not differentiable; see `framestream.model.kv_cache`.
             time_origin: `[B, 1]` seconds, or `[B, F]` for clips that share a sequence: what rotary time counts from;
                 the earliest frame by default. Calls that share a cache must share it.
+            keep_cache: False returns an empty cache, and with `gradient_checkpointing` frees keys and values at once.
 
         Returns:
             `[B, N, D]` predictions, and the cache with these tokens added.
@@ -153,13 +155,13 @@ class FramePredictor(nn.Module):
         grown: list[LayerCache] = []
         for i, block in enumerate(self.blocks):
             past = None if cache is None else cache[i]
+            run = block if keep_cache else _without_cache(block)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, kept = checkpoint(
-                    block, x, rotary, plan, context, geometry.patches, past, places, use_reentrant=False
-                )
+                x, kept = checkpoint(run, x, rotary, plan, context, geometry.patches, past, places, use_reentrant=False)
             else:
-                x, kept = block(x, rotary, plan, context, geometry.patches, past, places)
-            grown.append(kept)
+                x, kept = run(x, rotary, plan, context, geometry.patches, past, places)
+            if kept is not None:
+                grown.append(kept)
         x = x + geometry.spread(self.step_embedding(geometry.step)).to(x.dtype)
         x = self.norm(x)
         return tokens + self.fade(x) * tokens + self.appear(x), grown
@@ -268,6 +270,10 @@ class Block(nn.Module):
     @staticmethod
     def _merge(x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(2)  # [B, H, N, Dh] -> [B, N, W]
+
+
+def _without_cache(block: nn.Module) -> Callable[..., tuple[Tensor, None]]:
+    return lambda *args: (block(*args)[0], None)
 
 
 def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

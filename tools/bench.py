@@ -40,6 +40,7 @@ def bench(
         "packing",
         "step",
         "rollout",
+        "scaling",
         "order",
         "workers",
         "resume",
@@ -77,6 +78,8 @@ def bench(
     step        a training step of the module against the usual design (a TransformerDecoder under a dense mask, with
                 and without a mask on its memory): time, peak memory, and how many frames the last one reaches.
     rollout     generating 16 frames from a cache, against computing everything again for each.
+    scaling     operations and peak memory of a training step by formula and as measured, and tokens per second, for
+                four sizes.
     order       how well windows of shards shuffle, against a full shuffle.
     workers     an epoch with the loader's own workers, against torch's DataLoader; and what checksums cost.
     resume      opening 10 and 10,000 shards, and the first batch after a resume at the start and at 99 % of an epoch.
@@ -104,7 +107,7 @@ def bench(
         short_side: pixels of the shorter side of the frames that decode and loader give.
         workers: numbers of worker processes that the loader is measured with.
         threads: threads of PyTorch in this process.
-        device: cpu or cuda, for masks, attention, packing, step and rollout.
+        device: cpu or cuda, for masks, attention, packing, step, rollout and scaling.
         tokens: sequence lengths, 16 frames of tokens/16 patches, for masks, attention, packing, step and rollout.
         rows: inputs of the plan for assign.
     """
@@ -155,6 +158,10 @@ def bench(
 def _small(name: str, folder: Path, repeats: int, device: str, tokens: list[int]) -> dict[str, Any]:
     if name in MEASURES:
         rows = MEASURES[name](repeats)
+    elif name == "scaling":
+        from .bench_scaling import scaling
+
+        rows = scaling(repeats, device)
     else:
         measures: dict[str, Callable[[int, int, str], list[Row]]] = {
             "masks": masks,

@@ -18,7 +18,7 @@ from framestream.model.generation import generate_frames
 from framestream.model.geometry import Geometry
 from framestream.pipeline.layout import FrameLayout
 
-from .bench_rows import Row, interleaved
+from .bench_rows import Row, computed
 
 FRAMES = 16  # generated from one true frame
 LONG = 48  # generated to compare the cost of late frames with that of early ones
@@ -43,13 +43,14 @@ def _row(case: str, settings: dict[str, Any], patches: int, repeats: int, device
         f"cached, {LONG} frames": lambda: late.append(late_over_early(module, batch, device)),
     }
     want, got = recomputed(module, batch, FRAMES), cached(module, batch, FRAMES)
-    ms = interleaved(runs, repeats, device)
+    row = computed(case, runs, repeats, device)
     facts = {
-        "recomputed / cached": ms["recomputed"] / ms["cached"],
+        "recomputed / cached": row.over("recomputed", "cached"),
         "late / early frame": statistics.median(late[1:]),
         "largest difference / largest value": float((want - got).abs().max() / want.abs().max()),
     }
-    return Row(case, ms, facts)
+    row.facts = facts
+    return row
 
 
 def cached(module: AutoregressiveReconstruction, batch: dict[str, Tensor], frames: int) -> Tensor:
