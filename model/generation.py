@@ -66,7 +66,9 @@ class FrameGenerator(Iterator[GeneratedFrame]):
         self._made = 0
         patches = clips.layouts[0].patches[ways[0].start]
         if hidden_time is not None:
-            hidden_time = hide_later(hidden_time, self._last_time + frame_step)
+            # A little earlier than the first generated frame: its time is a sum, and may be a rounding step off.
+            hidden_time = hide_later(hidden_time, self._last_time + 0.999 * frame_step)
+        self._inference = torch.is_inference_mode_enabled()  # tensors made in it may not be written outside
         device = clips.embeddings.device.type
         self._autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         with torch.no_grad():
@@ -80,7 +82,7 @@ class FrameGenerator(Iterator[GeneratedFrame]):
         if self._made == self._steps:
             raise StopIteration
         if self._made:
-            with torch.no_grad(), torch.autocast(*self._autocast):
+            with torch.inference_mode(self._inference), torch.no_grad(), torch.autocast(*self._autocast):
                 self._stream.feed(self._stream.frame, self._time(self._made), self._frame_step)
         self._made += 1
         return GeneratedFrame(self._stream.frame, self._time(self._made))
@@ -105,7 +107,8 @@ def generate_frames(
     Each generated frame sees what the mask rule shows it in the longer clip: the clip's valid frames with the generated
     ones behind them. What it gives is what parallel passes over that longer clip would give. A frame's keys are
     kept as long as any frame to come may see it: under `sliding_window`, or with `num_hist`, memory and cost of a
-    frame stay the same however many there are, and under the other causal rules they grow by one frame each time.
+    frame stay the same however many there are, and under the other causal rules cost grows by one frame each time, and
+    memory in steps.
 
     Args:
         module: the reconstruction module.
@@ -130,7 +133,7 @@ def generate_frames(
         raise ConfigError(f"steps of a generation must be a whole number of at least 1, or None, got {steps!r}")
     config = module.config
     if mask is not None or window_size is not None:
-        config = replace(config, mask=mask, window_size=window_size)
+        config = replace(config, mask=config.mask if mask is None else mask, window_size=window_size)
     clips = module.prepare(batch)
     if clips.clip is not None:
         raise ConfigError(

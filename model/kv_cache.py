@@ -18,7 +18,7 @@ from torch import Tensor
 from framestream.pipeline.errors import ConfigError
 from framestream.pipeline.frame_mask import frames_of
 
-from .attention import AttentionPlan, Run
+from .attention import AttentionPlan, Run, ranges_plan
 from .predictor import LayerCache, Place
 
 Ranges = tuple[tuple[int, int], ...]  # disjoint, ascending (start, stop) in tokens
@@ -233,7 +233,7 @@ class KVCache:
         seen = [table.ranges(future.row(step)) for table, future in both]
         self.key_tokens = max(sum(stop - start for start, stop in ranges) for ranges in seen)
         runs: list[Run] = [(first, last, ((0, self._patches, ranges),)) for first, last, ranges in _same(seen)]
-        plan = AttentionPlan("ranges", runs=tuple(runs), token_causal=self._token_causal)
+        plan = ranges_plan(tuple(runs), token_causal=self._token_causal)
         return plan, tuple(_same(starts)) if self._in_place else None
 
     def _room(self, step: int) -> int:

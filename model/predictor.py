@@ -16,6 +16,7 @@ from framestream.pipeline.masks import FrameMask
 
 from .attention import AttentionPlan, choose_backend, frame_attention, plan_attention
 from .geometry import Geometry
+from .recompute import recomputed
 
 # Angular frequencies of the rotary axes, highest and lowest. Time in radians per second: neighbouring frames at
 # 30 Hz lie 0.4 rad apart, and the slowest turn takes a minute. Space in radians per 1/16 of the image.
@@ -235,7 +236,7 @@ class Block(nn.Module):
         places: tuple[Place, ...] | None,
     ) -> tuple[Tensor, LayerCache]:
         """x `[B, N, W]` -> the same, and this block's keys and values."""
-        q, k, v = _recomputed(lambda x: self.qkv(self.norm_self(x)), x).chunk(3, dim=-1)
+        q, k, v = recomputed(self.norm_self, self.qkv, x).chunk(3, dim=-1)
         v = self._heads(v.contiguous())  # a view would keep the other two thirds until the backward pass
         q, k = (_rotate(self._heads(part), rotary).to(v.dtype) for part in (q, k))
         if past is not None:
@@ -250,7 +251,7 @@ class Block(nn.Module):
             cq = self._heads(self.q_cross(self.norm_cross(torch.zeros_like(x[:, :1]))))
             x = x + self.out_cross(self._merge(F.scaled_dot_product_attention(cq, ck, cv)))
         else:
-            cq = self._heads(_recomputed(lambda x: self.q_cross(self.norm_cross(x)), x))
+            cq = self._heads(recomputed(self.norm_cross, self.q_cross, x))
             x = x + self.out_cross(self._merge(_read_context(cq, ck, cv, context.allowed, patches)))
         x = x + self._mlp(x)
         return x, LayerCache((k, v), (ck, cv))
@@ -260,8 +261,8 @@ class Block(nn.Module):
         most = x.numel() if torch.compiler.is_compiling() else MLP_TOKENS[x.device.type == "cuda"]
         parts = []
         for part in x.flatten(0, 1).split(most):
-            hidden = _recomputed(lambda part: self.mlp[0](self.norm_mlp(part)), part)
-            parts.append(_recomputed(lambda hidden: self.mlp[2](self.mlp[1](hidden)), hidden))
+            hidden = recomputed(self.norm_mlp, self.mlp[0], part)
+            parts.append(recomputed(self.mlp[1], self.mlp[2], hidden))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view_as(x)
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -274,17 +275,6 @@ class Block(nn.Module):
 
 def _without_cache(block: nn.Module) -> Callable[..., tuple[Tensor, None]]:
     return lambda *args: (block(*args)[0], None)
-
-
-def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`function(x)`, a cheap step and then a matrix product, where the backward pass computes the cheap step again.
-
-    So that its result, the product's input, need not be kept; the product itself is not repeated, because the
-    recomputation ends as soon as everything is there that the backward pass asks for. A compiler decides by itself.
-    """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return function(x)
-    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def _remember(past: Tensor, new: Tensor, places: tuple[Place, ...] | None) -> Tensor:

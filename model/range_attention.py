@@ -31,7 +31,7 @@ def range_attention(q: Tensor, k: Tensor, v: Tensor, runs: tuple[TiledRun, ...])
 
     The tiles of each run must hold every query once, forward.
     """
-    if q.device.type == "cpu" and torch.is_grad_enabled():
+    if q.device.type == "cpu" and torch.is_grad_enabled() and v.shape[-1] == q.shape[-1]:  # as its kernel wants it
         return _RangeAttention.apply(q, k, v, runs)
     whole = [_run(q[run.first : run.last], k[run.first : run.last], v[run.first : run.last], run) for run in runs]
     return whole[0] if len(whole) == 1 else torch.cat(whole, dim=0)

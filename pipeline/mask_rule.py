@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from .errors import ConfigError
 from .frame_mask import FrameMask
 from .layout import FrameLayout
-from .masks import Rule, check_rule, make_mask
+from .masks import RULES, Rule, check_rule, make_mask
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class FrameRule:
         options: what the rule takes beside the layout, such as `window_size`.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name, options that the rule does not take, or that cannot be compared.
     """
 
     rule: str | Rule
@@ -31,6 +33,12 @@ class FrameRule:
 
     def __init__(self, rule: str | Rule, **options: Any) -> None:
         check_rule(rule)
+        try:
+            inspect.signature(RULES[rule] if isinstance(rule, str) else rule).bind(None, **options)
+        except TypeError as err:
+            raise ConfigError(f"mask rule {rule!r} does not take these options: {err}.") from err
+        if unhashable := [name for name, value in options.items() if not isinstance(value, Hashable)]:
+            raise ConfigError(f"options of a mask rule must be plain values, {', '.join(unhashable)} is none.")
         object.__setattr__(self, "rule", rule)
         object.__setattr__(self, "options", tuple(sorted(options.items())))
 

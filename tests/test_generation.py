@@ -230,6 +230,33 @@ def test_without_end_frames_are_those_of_a_generation_with_one(rule: Rule) -> No
         assert future.base > 0
 
 
+@pytest.mark.parametrize("last", range(1, 40, 3))
+def test_states_of_the_first_generated_moment_are_hidden_however_its_time_rounds(last: int) -> None:
+    module, batch = small_module(mask="frame_causal"), dense_batch(4)
+    batch["frame_time"] = (torch.arange(last - 3, last + 1) / 30).expand(2, -1)
+    when = torch.tensor([[0.0, (last + 1) / 30]] * 2)
+    states = torch.randn(2, 2, HIDDEN)
+    other = states.clone()
+    other[:, 1] += 1
+    frames = [
+        next(generate_frames(module, batch, 2, hidden_states=s, hidden_time=when)).embeddings for s in (states, other)
+    ]
+    later = [
+        list(generate_frames(module, batch, 2, hidden_states=s, hidden_time=when))[1].embeddings
+        for s in (states, other)
+    ]
+    assert torch.equal(*frames)
+    assert torch.equal(*later)
+
+
+def test_a_generator_made_in_inference_mode_goes_on_outside() -> None:
+    module, batch = small_module(mask="frame_causal"), dense_batch(4)
+    with torch.inference_mode():
+        made = generate_frames(module, batch, 3)
+    want = torch.stack([frame.embeddings for frame in generate_frames(module, batch, 3)])
+    assert torch.equal(torch.stack([frame.embeddings for frame in made]), want)
+
+
 def test_autocast_stays_as_it_was_in_the_beginning() -> None:
     module, batch = small_module(), dense_batch(6)
     with torch.autocast("cpu", torch.bfloat16):

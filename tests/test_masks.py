@@ -218,6 +218,10 @@ def test_a_combined_rule_stands_where_a_name_may():
         FrameRule("slow_fast")
     with pytest.raises(ConfigError, match="not with 3"):
         rule & 3
+    with pytest.raises(ConfigError, match=r"'time_causal' does not take these options.*window_size"):
+        FrameRule("time_causal", window_size=3)
+    with pytest.raises(ConfigError, match="plain values, window_size is none"):
+        FrameRule("sliding_window", window_size=[3])
 
 
 def test_batches_stack_index_and_combine():
