@@ -13,6 +13,7 @@ import numpy as np
 
 _SLICES, _IDR, _SPS, _PPS = (1, 2, 5), 5, 7, 8
 _HEAD = 64  # bytes of a slice that hold what is looked at, emulation prevention included
+_MOST_UNITS = 64  # before the first slice of a picture; real ones have less than ten
 _LONGEST_SET = 4096  # bytes, with all scaling lists; the rest is not looked at
 _MOST_SHOWN_EARLIER = 16  # pictures that a decoder may hold back (A.3.1)
 # Profiles whose parameter sets say how chroma is coded (7.3.2.1.1).
@@ -93,7 +94,7 @@ class PictureOrder:
             return None  # the last as behind a picture that resets the count on its way (memory management 5)
         places = np.empty(len(counts), dtype=np.int64)
         places[sorted(range(len(counts)), key=counts.__getitem__)] = np.arange(len(counts))
-        return places if (np.arange(len(places)) - places).max() <= _MOST_SHOWN_EARLIER else None
+        return places if reordering(places) <= _MOST_SHOWN_EARLIER else None
 
     def _count(self, packet: bytes) -> tuple[int, int]:
         for unit in _units(packet, self._width):
@@ -132,6 +133,17 @@ class PictureOrder:
             self._of_picture[number] = bits.ue()
 
 
+def reordering(place: np.ndarray) -> int:
+    """By how many frames showing lags behind decoding.
+
+    Streams may leave that out (`bitstream_restriction_flag`, E.2.1), and decoders then find it out too late.
+
+    Args:
+        place: int64 [P], for each packet its place in the order of showing.
+    """
+    return int((np.arange(len(place)) - place).max(initial=0))
+
+
 def in_rhythm(place: np.ndarray, decoded_at: np.ndarray, lag: int) -> np.ndarray:
     """int64 [P]: when each packet's frame is shown, where only the times of decoding are told.
 
@@ -144,7 +156,7 @@ def in_rhythm(place: np.ndarray, decoded_at: np.ndarray, lag: int) -> np.ndarray
         lag: by how many frames the stream says that it reorders them.
     """
     steps = np.diff(decoded_at)
-    lag = min(max(lag, int((np.arange(len(place)) - place).max())), len(steps))
+    lag = min(max(lag, reordering(place)), len(steps))
     last = np.full(lag, int(np.median(steps)) if len(steps) else 1, dtype=np.int64)
     return (decoded_at[0] + np.concatenate([[0], np.cumsum(np.concatenate([steps[lag:], last]))]))[place]
 
@@ -181,9 +193,12 @@ def _skip_scaling(bits: _Bits, count: int) -> None:
 
 
 def _units(data: bytes, width: int) -> Iterator[bytes]:
-    """NAL units up to the first slice: behind lengths of `width` bytes, or behind start codes (0)."""
+    """NAL units up to the first slice: behind lengths of `width` bytes, or behind start codes (0).
+
+    Raises ValueError where there are so many that reading them would take long.
+    """
     end = 0
-    while True:
+    for _ in range(_MOST_UNITS):
         found = end if width else data.find(_START, end)
         begin = found + (width or len(_START))
         if found < 0 or begin >= len(data):
@@ -197,6 +212,7 @@ def _units(data: bytes, width: int) -> Iterator[bytes]:
             found = data.find(_START, begin)
             end = found if found >= 0 else len(data)
         yield data[begin:end]
+    raise ValueError(f"there are more than {_MOST_UNITS} units before its picture")
 
 
 def _units_of_avcc(extradata: bytes) -> Iterator[bytes]:

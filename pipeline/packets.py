@@ -17,7 +17,7 @@ import numpy as np
 
 from .bitstream import begins_afresh, is_key, is_packed, shows_a_frame
 from .errors import DecodeError
-from .h264_order import PictureOrder, in_rhythm
+from .h264_order import PictureOrder, in_rhythm, reordering
 from .packet_marks import PacketMark
 from .packet_order import PacketOrder
 from .packet_source import ContainerPackets, knows_its_order, set_up
@@ -25,6 +25,7 @@ from .packet_table import Deadline, PacketTable, check_size, label, reason_of
 from .presentation import NO_TIME, contradiction, frame_rate, is_ordered, leading_packets, parts_in_turn
 from .probe import MAX_SECONDS
 from .truncation import broken_at, missing_bytes
+from .video_index import MAX_REORDER
 
 # Anything else, above all play lists that name further files or addresses, is refused before it is parsed.
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts"
@@ -236,6 +237,9 @@ def _table(
         raise DecodeError(f"{label(name)}: none of its {count} packets shows a frame.")
     order = PacketOrder.of(shown_at, shown, keys, ordered=ordered)
     position = order.position
+    if codec == "h264" and ordered:  # which may not say it, and a decoder that finds it out has lost frames by then
+        lag = min(reordering(np.argsort(np.argsort(shown_at, kind="stable"))), MAX_REORDER)
+        stream.codec_context.reorder_depth = max(stream.codec_context.reorder_depth, lag)
     for packet, index in zip(packets, order.rank.tolist(), strict=False):  # not all may be kept
         packet.pts, packet.dts = (index if index >= 0 else None), None
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import stat
+import threading
 import time
+from contextlib import suppress
 
 from framestream.pipeline.errors import ConfigError, SampleError
 
@@ -25,6 +29,19 @@ def act(what: str) -> str:
         raise ConfigError("no encoder")
     elif what == "large":
         return "x" * 5_000_000
+    elif what == "hang up":
+        threading.Thread(target=_hang_up).start()
     elif what.startswith("sleep"):
         time.sleep(float(what[5:]))
     return what
+
+
+def _hang_up() -> None:
+    """Shut the pipe to the parent soon, and let the process end later."""
+    time.sleep(0.2)
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                with socket.socket(fileno=os.dup(int(name))) as pipe:
+                    pipe.shutdown(socket.SHUT_RDWR)
+    time.sleep(2.0)

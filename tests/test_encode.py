@@ -188,6 +188,18 @@ def test_sizes_are_even_and_never_larger(
     assert indices == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("size", [(1, 64), (64, 1)])
+def test_a_picture_one_pixel_wide_or_high_is_refused_with_its_size(tmp_path: Path, size: tuple[int, int]) -> None:
+    path = tmp_path / "v.mkv"
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=24)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv444p"
+        picture = av.VideoFrame.from_ndarray(np.zeros((size[1], size[0], 3), np.uint8), format="rgb24")
+        container.mux([*stream.encode(picture), *stream.encode(None)])
+    with pytest.raises(SampleError, match=rf"v\.mkv.* {size[0]} x {size[1]} pixels"):
+        clip(path, (0, 1))
+
+
 def test_an_odd_size_is_cropped_not_squeezed(tmp_path: Path) -> None:
     path = make_video(tmp_path / "v.mp4", num_frames=1, size=(161, 97), pix_fmt="yuv444p", extra=":qp=0")
     data = clip(path, (0, 1), Encoding(crf=1))

@@ -172,6 +172,13 @@ def test_mask_and_its_leaks(folder: Path, page_path: Path, tmp_path: Path) -> No
     assert "is not there: the shards were not written by framestream shard" in said
 
 
+def test_the_page_names_the_split_that_was_timed(tmp_path: Path) -> None:
+    make_shards(tmp_path / "s" / "small", num_samples=1)
+    make_shards(tmp_path / "s" / "large", num_samples=3)
+    text = page_text(check(made(tmp_path / "s", tmp_path / "page.html", sheets=1)))
+    assert "for the 4 clips of the 2 splits, of which only the split large was timed" in text
+
+
 def test_nothing_but_broken_clips(tmp_path: Path) -> None:
     """Foreign shards without metadata, of which no clip decodes: the page is made, and says so."""
     (tmp_path / "s").mkdir()

@@ -56,5 +56,5 @@ def test_the_training_split_is_timed_and_nothing_where_nothing_can_be_used(tmp_p
     write_tar(tmp_path / "s" / "val" / "a.tar", [(f"k{n}.mp4", b"no video") for n in range(3)])
     seen = timed(tmp_path / "s", 2)
     assert seen is not None
-    assert seen.rejected == 0
+    assert (seen.rejected, seen.split) == (0, "train")
     assert timed(tmp_path / "s" / "val", 1) is None

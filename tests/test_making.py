@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,17 @@ from framestream.pipeline.decode import open_decoder
 from framestream.pipeline.errors import ConfigError, SampleError
 from framestream.pipeline.probe import VideoInfo, probe_video
 from framestream.pipeline.remote import Remote
-from framestream.tools import source_file
+from framestream.tools import making, source_file, units
 from framestream.tools.clips import Clip
 from framestream.tools.inputs import Source
 from framestream.tools.making import ClipTask, MadeClip, encoder_version, make_clip, members_of
 from framestream.tools.pool import WorkerPool
 from framestream.tools.probing import Probed, ProbeTask, probe_source
 from framestream.tools.shard_options import Encoding, ShardOptions
+from framestream.tools.shard_run import build_shards
 
 from clips_setup import beeping
-from remux import Track, remux
+from remux import Track, remux, set_edits, set_matrix
 from synthetic import make_video, read_indices, trim_by_copy
 from video_kinds import KINDS
 
@@ -144,6 +146,59 @@ def test_an_edit_list_makes_other_content_of_the_same_packets(tmp_path: Path) ->
     assert len({probed(path).content for path in cut}) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [("h264 mirrored", ".mov"), ("h264 rotated 90", ".mkv"), ("hevc open gop", ".mkv"), ("h264 variable rate", ".mkv")],
+)
+def test_turned_mirrored_and_uneven_videos_have_the_same_content_in_another_container(
+    tmp_path: Path, name: str, suffix: str
+) -> None:
+    path = KINDS[name].make(tmp_path)
+    copy = remux(tmp_path / f"copy{suffix}", Track(path))
+    assert probed(copy).content == probed(path).content
+
+
+def test_other_frames_of_the_same_packets_are_other_content(tmp_path: Path) -> None:
+    """Parts cut out of one recording without encoding have all of its packets, and as many frames."""
+    whole = make_video(tmp_path / "w.mp4", gop=48, b_frames=0)
+    edits = [[(0, 24)], [(24, 24)], [(0, 14), (38, 10)], [(5, 9), (33, 15)]]
+    parts = []
+    for number, edit in enumerate(edits):
+        part = tmp_path / f"{number}.mp4"
+        part.write_bytes(whole.read_bytes())
+        parts.append(probed(set_edits(part, edit)))
+    assert {part.info.num_frames for part in parts} == {24}
+    assert len({part.content for part in parts}) == len(parts)
+
+
+def test_mirrored_pictures_are_other_content(tmp_path: Path) -> None:
+    plain = make_video(tmp_path / "plain.mp4", num_frames=8)
+    contents = []
+    for x, y in ((1, 1), (-1, 1), (1, -1), (-1, -1)):
+        laid = tmp_path / f"{x}{y}.mp4"
+        laid.write_bytes(plain.read_bytes())
+        set_matrix(laid, (x << 16, 0, 0, 0, y << 16, 0, 0, 0, 1 << 30))
+        contents.append(probed(laid).content)
+    assert len(set(contents)) == 4
+
+
+def test_a_pause_in_the_middle_is_other_content(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "a.mkv", num_frames=24, b_frames=0)
+    contents = []
+    for name, late in (("even.mkv", 0.0), ("pause.mkv", 0.2)):
+        with av.open(str(path)) as reader, av.open(str(tmp_path / name), "w") as writer:
+            stream = writer.add_stream_from_template(reader.streams.video[0])
+            packets = [packet for packet in reader.demux(reader.streams.video[0]) if packet.size]
+            for number, packet in enumerate(packets):
+                time = number / 24 if not late else number / 30 + late * (number >= 12)
+                packet.pts = packet.dts = round(time / packet.time_base)
+                packet.stream = stream
+                writer.mux(packet)
+        contents.append(probed(tmp_path / name).content)
+    assert contents[0] == probed(path).content
+    assert contents[0] != contents[1]
+
+
 def test_text_comes_from_the_row_or_the_file_beside(tmp_path: Path) -> None:
     path = make_video(tmp_path / "a.mp4", num_frames=4)
     (tmp_path / "a.txt").write_text(" a dog \n")
@@ -214,6 +269,31 @@ def test_a_file_that_changes_between_looking_and_copying_is_refused(tmp_path: Pa
     path.write_bytes(data)
     with pytest.raises(SampleError, match=r"a\.mp4.*changed"):
         all_of(made)
+
+
+@pytest.mark.parametrize(("limit", "at_a_time"), [(0, 1), (1 << 30, 3)])
+def test_copies_of_large_files_take_little_room_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, at_a_time: int
+) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(6):
+        make_video(tmp_path / "in" / f"{number}.mp4", num_frames=8, first_index=number)
+    monkeypatch.setattr(making, "IN_MEMORY", 0)
+    monkeypatch.setattr(units, "COPIED_AHEAD_BYTES", limit)
+    mapped = [0]
+
+    def watched(*args: Any) -> Any:
+        members = members_of(*args)
+        mapped.append(sum("/whole" in line for line in Path("/proc/self/maps").read_text().splitlines()))
+        return members
+
+    def slowly(step: str, *_: Any) -> None:
+        time.sleep(0.05 * (step == "writing"))
+
+    monkeypatch.setattr(units, "members_of", watched)
+    report = build_shards([str(tmp_path / "in")], tmp_path / "out", workers=1, progress=slowly)
+    assert report.inputs["sampled"] == 6
+    assert (max(mapped) == 1) if at_a_time == 1 else (1 < max(mapped) <= at_a_time)
 
 
 def test_what_has_no_index_is_compared_as_a_whole(tmp_path: Path) -> None:

@@ -19,6 +19,17 @@ def test_numbers_are_texts_too(cell: Any, text: str, column: str) -> None:
     assert word({column: cell}, column) == text
 
 
+def test_a_whole_number_of_any_size_is_its_digits(tmp_path: Path) -> None:
+    long = "7" * 400
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text(f'{{"path": "s3://b/1.mp4", "key": {long}}}\n{{"path": "s3://b/2.mp4"}}\n')
+    first, second = list_inputs([str(manifest)])
+    assert isinstance(first, Source)
+    assert isinstance(second, Source)
+    assert first.key == slug(long)
+    assert second.key == "2"
+
+
 @pytest.mark.parametrize("cell", [["a"], [], {"a": 1}, math.nan, math.inf, True, False])
 @pytest.mark.parametrize("column", ["key", "split", "text"])
 def test_what_is_no_text_is_told_with_its_column(cell: Any, column: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 import pytest
 
 from framestream.pipeline.errors import ConfigError
@@ -26,6 +29,25 @@ def test_every_task_has_its_outcome_in_order(workers: int) -> None:
     }
     assert all(result == (task if task != "large" else "x" * 5_000_000) for task, result in outcomes.items()
                if task not in failures)  # fmt: skip
+
+
+def test_a_worker_that_dies_while_it_is_idle_costs_no_task() -> None:
+    """Killed for memory, or with its pipe gone first and the process later."""
+    with WorkerPool(act, workers=1, timeout_s=30.0) as pool:
+        for end in ("kill", "hang up"):
+            if end == "kill":
+                assert list(pool.map(["a"])) == [("a", "a")]
+                (worker,) = pool._idle
+                worker.process.kill()
+                os.waitid(os.P_PID, worker.process.pid, os.WEXITED | os.WNOWAIT)
+            else:
+                assert list(pool.map(["hang up"])) == [("hang up", "hang up")]
+                (worker,) = pool._idle
+                assert worker.connection.poll(10)  # its end of the pipe is closed
+                assert worker.process.poll() is None
+            started = time.monotonic()
+            assert list(pool.map(["b", "c"])) == [("b", "b"), ("c", "c")]
+            assert time.monotonic() - started < 30
 
 
 def test_an_impossible_setting_ends_the_run() -> None:

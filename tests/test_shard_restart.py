@@ -6,9 +6,11 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing, suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,12 +18,14 @@ from typing import Any
 import pytest
 
 from framestream.pipeline.errors import ConfigError
+from framestream.tools import shard_job as shard_job_module
 from framestream.tools.shard_job import Part
 from framestream.tools.shard_options import Cutting, ShardOptions
-from framestream.tools.shard_run import build_shards, shard_job
+from framestream.tools.shard_run import build_shards, run, shard_job
 from framestream.tools.verify import verify_folder
 
 from shard_setup import make_folder, tree
+from synthetic import make_video
 
 
 @pytest.fixture(autouse=True)
@@ -314,3 +318,24 @@ def test_foreign_tars_in_the_output_are_left_alone(videos: Path, tmp_path: Path)
         with pytest.raises(ConfigError, match="from elsewhere"):
             build_shards([str(videos)], tmp_path, workers=1, overwrite=overwrite)
     assert (tmp_path / "clips-000000.tar").read_bytes() == b"precious"
+
+
+def test_places_of_packets_have_their_room_in_a_plan_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However short the videos are, and however often the run begins again."""
+    room = 1500
+    monkeypatch.setattr(shard_job_module, "PACKETS_BYTES", room)
+    for number in range(9):
+        make_video(tmp_path / f"{number}.mp4", num_frames=8, first_index=number, size=(64, 48))
+    for stop in (3, 6, None):
+
+        def progress(step: str, done: int, *_: Any, stop: int | None = stop) -> None:
+            if (step, done) == ("probing", stop):
+                raise KeyboardInterrupt
+
+        job = shard_job(tmp_path / "out", COPIES, workers=1, progress=progress)
+        with job.alone(), suppress(KeyboardInterrupt):
+            run(job, [str(tmp_path / "*.mp4")], plan_only=True)
+    with closing(sqlite3.connect(tmp_path / "out" / ".plan.sqlite")) as db:
+        ((videos, num_bytes),) = db.execute("SELECT count(*), sum(length(packets)) FROM probes")
+    assert videos == 9
+    assert 0.6 * room < num_bytes <= room

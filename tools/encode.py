@@ -164,6 +164,7 @@ class _Graph:
         import av
 
         check_matrix(frame, name)
+        self._name = name or "the video"
         self._matrix = int(frame.colorspace)
         if self._matrix == _UNTAGGED:
             self._matrix = _BT709 if frame.height > HD_LINES else _BT601
@@ -195,6 +196,11 @@ class _Graph:
         shorter = min(wide, frame.height)
         width, height = fit_short_side(wide, frame.height, None if short_side is None else min(short_side, shorter))
         even_width, even_height = width // 2 * 2, height // 2 * 2
+        if not even_width or not even_height:
+            raise SampleError(
+                f"{self._name} cannot be encoded: its picture is {width} x {height} pixels, and colours at half the "
+                "resolution (yuv420p) need 2 on each side"
+            )
         out_matrix = self._matrix if self._matrix != _RGB else (_BT709 if even_height > HD_LINES else _BT601)
         in_matrix = "" if self._matrix == _RGB else f":in_color_matrix={_MATRIX_NAMES[self._matrix]}"
         yield (

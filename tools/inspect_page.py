@@ -150,12 +150,18 @@ def _kinds(facts: Sequence[Facts]) -> Iterator[dict[str, Any]]:
 
 
 def _epoch(seen: Inspection) -> dict[str, Any] | None:
-    """An epoch of the training split, or of everything where none is called so."""
+    """An epoch of the training split, or of everything where none is called so; of that only one split was timed."""
     if seen.timing is None:
         return None
     chosen = [each for each in seen.facts if each.name == "train"] or list(seen.facts)
     samples = sum(each.samples for each in chosen)
-    part = "the split train" if chosen[0].name == "train" else counted(samples, "clip")
+    if chosen[0].name == "train":
+        part = "the split train"
+    elif len(chosen) > 1:
+        timed = f"the split {seen.timing.split}" if seen.timing.split else "the part outside of folders"
+        part = f"the {len(chosen)} splits, of which only {timed} was timed"
+    else:
+        part = counted(samples, "clip")
     return {"time": long_time(seen.timing.epoch(samples, seen.workers)), "samples": samples, "part": part}
 
 

@@ -29,12 +29,14 @@ class Timing:
         clips: in the batches that came in `seconds`.
         rejected: clips that it left out.
         workers: that were at work.
+        split: on which the loader was run.
     """
 
     clips: int
     seconds: float
     rejected: int
     workers: int
+    split: str = ""
 
     @property
     def rate(self) -> float:
@@ -78,7 +80,7 @@ def time_loader(
     except FramestreamError:
         return None
     try:
-        return _run(loader, workers, options.seconds)
+        return _run(loader, workers, options.seconds, splits[number].name)
     except FramestreamError:  # of a set of which nothing can be used
         return None
     finally:
@@ -92,7 +94,7 @@ def _chosen(shards: ShardSet, numbers: set[int], storage_options: dict[str, Any]
     return ShardSet.open([shards.paths[number] for number in sorted(numbers)], storage_options=storage_options)
 
 
-def _run(loader: ClipLoader, workers: int, seconds: float) -> Timing | None:
+def _run(loader: ClipLoader, workers: int, seconds: float, split: str) -> Timing | None:
     begun, started = time.perf_counter(), None
     ready = clips = 0  # batches before the clock starts, clips after it
     while True:
@@ -106,6 +108,6 @@ def _run(loader: ClipLoader, workers: int, seconds: float) -> Timing | None:
                 continue
             clips += len(batch["keys"])
             if now - started >= seconds:
-                return Timing(clips, now - started, int(loader.stats()["rejects"]), workers)
+                return Timing(clips, now - started, int(loader.stats()["rejects"]), workers, split)
         if not came:
             return None

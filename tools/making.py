@@ -53,12 +53,14 @@ class WholeFile:
 
     Attributes:
         sha256: of the bytes that were looked at; "" where an index in `info` says what its packets are.
+        num_bytes: of the file.
     """
 
     clip: Clip
     info: VideoInfo
     ext: str
     sha256: str
+    num_bytes: int
 
     @property
     def source(self) -> Source:
@@ -107,13 +109,13 @@ def make_clip(task: ClipTask) -> MadeClip:
         ext, known = suffix(clip.source.path)[1:], task.info
         whole = not is_url(clip.source.path)
         if whole and task.info.packets is not None:  # all is known, and compared when it is copied
-            return MadeClip({}, task.info.duration, WholeFile(clip, task.info, ext, ""))
+            return MadeClip({}, task.info.duration, WholeFile(clip, task.info, ext, "", task.info.packets.num_bytes))
         with opened(clip.source, task.remote) as file:
             data = file.data
             if whole:
                 info = probe_video(data, name=name, packets=True, known=known, timeout_s=PROBE_TIMEOUT_S)
                 sha256 = hashlib.sha256(data).hexdigest() if info.packets is None else ""
-                return MadeClip({}, info.duration, WholeFile(clip, info, ext, sha256))
+                return MadeClip({}, info.duration, WholeFile(clip, info, ext, sha256, len(data)))
     else:
         with opened_video(clip.source, task.info, task.remote) as video:
             if task.encode:

@@ -29,7 +29,7 @@ def word(row: Mapping[str, Any], column: str) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
+    if not is_number or (isinstance(value, float) and not math.isfinite(value)):  # whole numbers may be of any size
         raise ValueError(f"its {column} is {_shown(value)}, not a text")
     return str(value)
 

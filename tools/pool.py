@@ -137,12 +137,28 @@ class WorkerPool(Generic[Task, Result]):
             if self._waiting_bytes > WAITING_BYTES and self._queue[0][0] != self._turn:
                 return
             number, task = self._queue.popleft()
-            worker = self._idle.pop() if self._idle else _Worker()
-            self._busy.append(worker)
-            try:
-                worker.give(number, self.function, task, self.timeout_s)
-            except (BrokenPipeError, ConnectionResetError):
-                worker.deadline = 0.0  # it died while it was idle; the next step finds that out
+            if not self._given(self._living(), number, task):  # it died just now, and not of this task
+                self._busy.pop().end()
+                if not self._given(_Worker(), number, task):
+                    self._busy[-1].deadline = 0.0  # the next step finds out how it died
+
+    def _given(self, worker: _Worker, number: int, task: Task) -> bool:
+        """Whether the worker lived to take the task."""
+        self._busy.append(worker)
+        try:
+            worker.give(number, self.function, task, self.timeout_s)
+        except (BrokenPipeError, ConnectionResetError):
+            return False
+        return True
+
+    def _living(self) -> _Worker:
+        """An idle worker, or a new one. What a worker dies of while it is idle, as of lack of memory, is no task's."""
+        while self._idle:
+            worker = self._idle.pop()
+            if worker.process.poll() is None:
+                return worker
+            worker.end()
+        return _Worker()
 
     def _step(self) -> None:
         """Wait until a worker finishes, dies or runs out of time, and give out the next tasks."""

@@ -6,6 +6,8 @@ import hashlib
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from framestream.pipeline.buffer_file import buffer_file
 from framestream.pipeline.indexed import with_index
 from framestream.pipeline.packet_table import Deadline
@@ -21,6 +23,7 @@ from .source_file import opened, read_text
 
 PROBE_TIMEOUT_S = 3600.0  # the limit that matters is the worker's
 _ALIKE = 1.2  # the factor between rates that are told apart; the usual ones lie far from where it rounds
+_PACE = 0.05  # of the length, in steps of which it is told when a quarter, a half and three of the frames are shown
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,12 @@ class Probed:
         info: the video; with its packets' places where these were asked for, and an index can stand for the container.
         size: bytes of the file.
         content: equal for the same pictures: SHA-256, in hexadecimal, over the bytes of the video packets in the order
-            of the file (or their lengths and CRC-32), the codec, the size as displayed, the number of frames shown, how
-            they are turned and, roughly, how fast they follow. A copy in another container (mp4, mov, mkv, webm), with
-            other metadata or other sound is equal. Not so the same pictures coded anew, or in a transport stream or
-            AVI, which frame H.264 and HEVC otherwise; a copy with a frame more is another, too.
+            of the file (or their lengths and CRC-32), which of them shows which frame, the codec, the pixel format, the
+            size as displayed, how pictures are turned and mirrored and, roughly, when they are shown. A copy in another
+            container (mp4, mov, mkv, webm), with other metadata or other sound is equal. Not so the same pictures coded
+            anew, or in a transport stream or AVI, which frame H.264 and HEVC otherwise; a copy that shows a frame more,
+            or another part of the same packets, is another, too. Copies whose frames come at another pace are told
+            apart where the rates are a tenth apart, or frames are moved by a fortieth of the length.
         text: what is said about it.
         scenes: the first frame of every scene but the first, rising; empty where not asked for.
     """
@@ -104,20 +109,36 @@ def probe_source(task: ProbeTask) -> Probed:
         )
         try:
             info, frame = info_of(table, deadline)
+            mirrored = table.picture_of(frame).mirrored
             if task.packets:
                 info = with_index(data, info, table, frame, deadline, check=False)
             if not task.exact:
                 digest.update(" ".join(f"{mark.size} {mark.crc}" for mark in table.marks).encode())
+            digest.update(table.order.rank.astype("<i8").tobytes())
         finally:
             table.close()
-        digest.update(_shown(info).encode())
+        digest.update(_shown(info, mirrored).encode())
         scenes: tuple[int, ...] = ()
         if task.scene_threshold is not None:
             scenes = scene_cuts(data, replace(info, packets=None), task.scene_threshold, name=source.source)
         return Probed(info, file.size, digest.hexdigest(), text, scenes)
 
 
-def _shown(info: VideoInfo) -> str:
-    """What decides, besides the packets, what is seen. Containers round times: rates are only told apart roughly."""
+def _shown(info: VideoInfo, mirrored: bool) -> str:
+    """What decides, besides the packets and their order, what is seen. Containers round times: rates are only told
+    apart roughly, and so is whether the video is slower in one part than in another."""
     speed = round(math.log(info.fps / 30, _ALIKE))
-    return f"{info.codec} {info.width} {info.height} {info.num_frames} {info.rotation} {speed}"
+    facts = (info.codec, info.pix_fmt, info.width, info.height, info.num_frames, info.rotation, int(mirrored), speed)
+    return " ".join(map(str, (*facts, *_pace(info.times()))))
+
+
+def _pace(times: np.ndarray) -> list[int]:
+    """How much later than at an even pace the frames at the quarters come, in steps of `_PACE` of the length.
+
+    An even pace gives 0, in the middle of what is rounded to it, whatever the clock of the container.
+    """
+    last = len(times) - 1
+    if times[-1] <= 0:
+        return [0, 0, 0]
+    quarters = [last * quarter // 4 for quarter in (1, 2, 3)]
+    return [round(float(times[at] / times[-1] - at / last) / _PACE) for at in quarters]

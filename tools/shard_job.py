@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from .making import encoder_version
 from .output import Output, read_all
 from .plan_listing import settings_difference
 from .plan_place import PlanPlace
-from .plan_schema import PlanError
+from .plan_schema import PlanError, connect, guarded
 from .plan_store import PlannedShard, PlanStore
 from .pool import Failure
 from .probing import probe_task
@@ -29,10 +29,10 @@ from .shard_options import ShardOptions
 from .shard_report import ShardReport, finish
 from .units import Outcome, files_of, finished, in_split, our_files, unfinished, unit_name, units_of
 
-PLAN_VERSION = 3  # to be raised where the same inputs would be planned otherwise
+PLAN_VERSION = 4  # to be raised where the same inputs would be planned otherwise
 LOCK_FILE = ".lock"
 PACKETS_BYTES = 256 << 20  # of packets' places in a plan, about; files beyond that are looked at again when copied
-BYTES_PER_PACKET = 12
+BYTES_PER_VIDEO, BYTES_PER_PACKET = 350, 10  # of these
 
 Progress = Callable[[str, int, int | None, int], None]  # step, done, of (None: not known yet), rejects
 
@@ -221,10 +221,11 @@ class ShardJob:
             NumberedProbe(number, probe_task(source, self.options, self.remote)) for number, source in plan.to_probe()
         )
         unfetched = _Unfetched("sources could not be fetched", in_a_row=32)
-        room = PACKETS_BYTES
+        room = PACKETS_BYTES - _packets_bytes(plan)
         for number, outcome in self.engine.probe(probes):
             if not isinstance(outcome, Failure):
-                room -= 0 if outcome.info.packets is None else BYTES_PER_PACKET * len(outcome.info.packets)
+                packets = outcome.info.packets
+                room -= 0 if packets is None else BYTES_PER_VIDEO + BYTES_PER_PACKET * len(packets)
                 plan.record(number, outcome if room >= 0 else outcome.without_packets())
             elif outcome.storage and not self.reject_unfetched:
                 unfetched.add(outcome.reason)
@@ -306,6 +307,15 @@ class ShardJob:
         if len(whole) < len(outcomes):
             return Unfinished(len(whole), len(outcomes))
         return finish(plan, whole, self.output)
+
+
+def _packets_bytes(plan: PlanStore) -> int:
+    """What earlier runs put into a plan of packets' places."""
+    if not plan.num_probed:
+        return 0
+    with guarded(plan.path), closing(connect(plan.path, readonly=True)) as db:
+        ((num_bytes,),) = db.execute("SELECT coalesce(sum(length(packets)), 0) FROM probes")
+    return int(num_bytes)
 
 
 class _Unfetched:

@@ -33,6 +33,7 @@ from .shard_options import ShardOptions
 
 NOTE_VERSION = 2
 COPIED_AHEAD = 2  # whole files that are read while one before them is written
+COPIED_AHEAD_BYTES = 512 << 20  # of all of these; a larger file is alone, as the room for temporary files may be small
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,8 @@ def write_units(
             unit = begun.popleft()
             with _writing(unit, output, Path(scratch), reader, reject_unfetched) as writer:
                 for task, result in chain([first], islice(results, len(unit.tasks) - 1)):
+                    while writer.waiting and writer.waiting_bytes + _copied_bytes(result) > COPIED_AHEAD_BYTES:
+                        yield Step(1, writer.add())
                     writer.take(task, result)
                     while len(writer.waiting) > COPIED_AHEAD or (writer.waiting and writer.waiting[0].copied is None):
                         yield Step(1, writer.add())
@@ -142,6 +145,11 @@ class _Waiting:
     copied: Future[dict[str, bytes | memoryview]] | None
 
 
+def _copied_bytes(result: MadeClip | Failure) -> int:
+    """Of the file that is read for it."""
+    return result.whole.num_bytes if isinstance(result, MadeClip) and result.whole is not None else 0
+
+
 @dataclass
 class _Writer:
     unit: Unit
@@ -154,6 +162,10 @@ class _Writer:
     lost: list[tuple[str, str]] = field(default_factory=list)
     unfetched: str = ""
     waiting: deque[_Waiting] = field(default_factory=deque)
+
+    @property
+    def waiting_bytes(self) -> int:
+        return sum(_copied_bytes(each.result) for each in self.waiting)
 
     def take(self, task: ClipTask, result: MadeClip | Failure) -> None:
         """The next clip; `add` writes it, in its turn."""
