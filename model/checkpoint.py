@@ -11,6 +11,7 @@ killed at any moment leaves the previous checkpoint intact. Nothing read from on
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -49,27 +50,54 @@ def write_json(path: Path, value: Any) -> None:
     atomic_write(path, json.dumps(value, indent=1).encode())
 
 
-def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict on the CPU, whole also where ranks hold shares of it: then all of them have to call this."""
+def weights_of(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """The state dict on the CPU, whole also where ranks hold shares of it: then all of them have to call this.
+
+    Args:
+        keep: False on ranks that only give their shares; the result is empty.
+    """
     # A clone per tensor: safetensors refuses tensors that share memory, and tied weights do.
-    return {name: whole(value).detach().cpu().clone().contiguous() for name, value in module.state_dict().items()}
+    found = ((name, _on_cpu(value, keep)) for name, value in module.state_dict().items())
+    return {name: value.clone().contiguous() for name, value in found if value is not None}
 
 
-def optimizer_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimiser's state dict, likewise whole."""
+def optimizer_of(optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, Any]:
+    """The optimiser's state dict, likewise."""
     found = optimizer.state_dict()
-    state = {
-        index: {name: whole(value) if isinstance(value, Tensor) else value for name, value in entry.items()}
-        for index, entry in found["state"].items()
-    }
-    return {**found, "state": state}
+    state: dict[Any, dict[str, Any]] = {}
+    for index, entry in found["state"].items():
+        values = {name: _on_cpu(value, keep) if isinstance(value, Tensor) else value for name, value in entry.items()}
+        if keep:
+            state[index] = values
+    return {**found, "state": state} if keep else {}
 
 
-def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file as a whole or not at all."""
+def _on_cpu(value: Tensor, keep: bool) -> Tensor | None:
+    """One whole tensor at a time is on the device, and on the CPU of those ranks only that keep it."""
+    full = whole(value).detach()
+    return full.cpu() if keep else None
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file as a whole or not at all, and give its SHA-256."""
     from safetensors.torch import save
 
-    atomic_write(path, save(dict(weights)))
+    data = save(dict(weights))
+    atomic_write(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON of which nobody knows who wrote it.
+
+    Raises:
+        OSError: no such file.
+        ValueError: no JSON, or nested so deeply that Python cannot read it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as err:
+        raise ValueError("nested too deeply") from err
 
 
 def save_checkpoint(
@@ -115,12 +143,13 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint's state file. StateError when it is not a checkpoint of this format."""
     try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        state = read_json(path / STATE_FILE)
     except (OSError, ValueError) as err:
         raise StateError(f"{path} is no readable checkpoint ({err}): delete it to go on from the one before.") from err
-    if state.get("version") != FORMAT_VERSION:
+    version = state.get("version") if isinstance(state, dict) else None
+    if version != FORMAT_VERSION:
         raise StateError(
-            f"{path} has checkpoint format {state.get('version')!r}, this version reads {FORMAT_VERSION}: "
+            f"{path} has checkpoint format {version!r}, this version reads {FORMAT_VERSION}: "
             "resume with the version that wrote it."
         )
     return Checkpoint(path, state)
@@ -176,8 +205,8 @@ def mark_best(folder: Path, step: int, error_ratio: float) -> None:
 def best_checkpoint(folder: Path) -> Path | None:
     """Folder of the best evaluated checkpoint, or None when nothing was evaluated yet."""
     try:
-        step = int(json.loads((folder / BEST_FILE).read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError):
+        step = int(read_json(folder / BEST_FILE)["step"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     path = folder / f"{_PREFIX}{step:08d}"
     return path if path.is_dir() else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +38,8 @@ class AutoregressiveTrainer(Trainer):
 
     Logged, averaged over the window since the last line and over all ranks: `loss`, and its two parts `main_loss` and
     `autoregressive_loss` (which `loss_weight` has been applied to). Under gradient accumulation the main loss is
-    weighted by tokens, as the Trainer does it, and the reconstruction is the mean over the parts.
+    weighted by tokens, as the Trainer does it, and the reconstruction is the mean over the parts. An evaluation logs
+    `eval_loss`, `eval_main_loss` and `eval_autoregressive_loss`, with the labels of the batch or of `host_inputs`.
 
     For a `ClipLoader`: `class ClipTrainer(LoaderTrainerMixin, AutoregressiveTrainer)`.
 
@@ -48,8 +49,8 @@ class AutoregressiveTrainer(Trainer):
         args, kwargs: of the Trainer.
 
     Raises:
-        ConfigError: no module, or several; several GPUs in one process; `torch_compile`; in training, a batch without
-            `video_frames`, or a model that gives no hidden states.
+        ConfigError: no module, or several; several GPUs in one process; `torch_compile`; later, a batch without
+            `video_frames`, a model that gives no hidden states, or an evaluation without labels.
         StateError: on resume, a checkpoint lacks trained parameters, of which the Trainer alone would only warn.
     """
 
@@ -75,6 +76,9 @@ class AutoregressiveTrainer(Trainer):
             )
         self._sums = torch.zeros(2)  # main and reconstruction loss since the last log
         self._since: int | None = None  # the step at which these begin
+        self._host: dict[str, Any] | None = None  # inputs that an evaluation step has made already
+        self._last = torch.zeros(2)  # main and reconstruction loss of the batch before
+        self._measured: list[Tensor] = []  # these of an evaluation's clips
 
     def host_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What of a batch the host model is called with; override it to make tokens of `text`, say.
@@ -98,26 +102,60 @@ class AutoregressiveTrainer(Trainer):
                 f"{', '.join(map(str, inputs)) or 'nothing'}: let the data set and the collator keep them (with "
                 "remove_unused_columns=False, if they are dropped on the way)."
             )
-        host = {**self.host_inputs(inputs), "output_hidden_states": True}
-        with self._reconstructing(model, inputs, host.get("attention_mask")):
+        host = {**(self._host or self.host_inputs(inputs)), "output_hidden_states": True}
+        with self._reconstructing(model, inputs, host.get("attention_mask")) as found:
             main, outputs = super().compute_loss(model, host, True, num_items_in_batch)
         parts = self.current_gradient_accumulation_steps if model.training else 1
         # The Trainer divides what this returns by the parts, unless the main loss is one over the whole step already.
         whole_step = self._is_scaled(num_items_in_batch)
-        auto, *states = outputs["hidden_states"]
-        auto = auto / (parts if whole_step else 1)
+        auto = found[0] / (parts if whole_step else 1)
+        self._last = both = torch.stack([main.detach().float(), auto.detach().float()])
         if model.training:
             if self._since is None:
                 self._since = self.state.global_step
-            both = torch.stack([main.detach().float(), auto.detach().float()])
             self._sums = self._sums.to(both.device) + both / (1 if whole_step else parts)
         loss = main + auto
         if not return_outputs:
             return loss
         kept = {name: value for name, value in outputs.items() if name != "hidden_states"}
         if inputs.get("output_hidden_states"):
-            kept["hidden_states"] = tuple(states)
+            kept["hidden_states"] = outputs["hidden_states"]
         return loss, type(outputs)(**kept)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """That of the Trainer, which looks for labels in the batch alone, with those of `host_inputs`.
+
+        Raises:
+            ConfigError: neither has them.
+        """
+        inputs = self._prepare_inputs(inputs)
+        self._host = host = self.host_inputs(inputs)
+        labels = {name: inputs.get(name) if host.get(name) is None else host[name] for name in self.label_names}
+        if lacking := [name for name, value in labels.items() if value is None]:
+            raise ConfigError(
+                f"An evaluation needs {', '.join(lacking)}, and neither the batch nor host_inputs has them: add them "
+                "there, or set label_names=[] in the TrainingArguments where the host has a loss without labels."
+            )
+        self.can_return_loss |= not labels  # there is one all the same
+        try:
+            result = super().prediction_step(model, {**inputs, **labels}, prediction_loss_only, ignore_keys)
+        finally:
+            self._host = None
+        # As the Trainer averages the loss, so that the parts add up to it.
+        self._measured.append(self.gather_function(self._last.repeat(self.args.eval_batch_size, 1)).cpu())
+        return result
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """That of the Trainer, with the two parts of its loss among the metrics."""
+        self._measured = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._measured:
+            main, auto = torch.cat(self._measured).mean(0).tolist()
+            output.metrics.update({f"{metric_key_prefix}_main_loss": main, f"{metric_key_prefix}_{LOSS}": auto})
+        self._measured = []
+        return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the two parts to a line that has the `loss` of training."""
@@ -135,15 +173,19 @@ class AutoregressiveTrainer(Trainer):
         return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
 
     @contextmanager
-    def _reconstructing(self, model: nn.Module, batch: Mapping[str, Any], attention_mask: Any) -> Iterator[None]:
-        """For one call, the host's forward pass goes on to the reconstruction.
+    def _reconstructing(
+        self, model: nn.Module, batch: Mapping[str, Any], attention_mask: Any
+    ) -> Iterator[Sequence[Tensor]]:
+        """For one call, the host's forward pass goes on to the reconstruction, whose loss is then in what this gives.
 
         Inside that of the wrapper: DDP looks for parameters without a gradient in what its forward pass gave, and FSDP
-        has weights at hand within it only.
+        has weights at hand within it only. Whoever called the wrapper sees the host's own outputs.
         """
         host = self.accelerator.unwrap_model(model)
         module = _reconstruction_in(host)
         forward, own = host.forward, host.__dict__.get("forward")
+        found: list[Tensor] = []
+        bare = False  # a single tensor of hidden states
 
         def restore() -> None:
             if own is None:
@@ -152,17 +194,29 @@ class AutoregressiveTrainer(Trainer):
                 host.forward = own
 
         def both(*args: Any, **kwargs: Any) -> Any:
+            nonlocal bare
             restore()
             outputs = forward(*args, **kwargs)
             states = _states(outputs, host)
+            bare = isinstance(outputs["hidden_states"], Tensor)
+            with self.accelerator.autocast():  # that of the host is around its own forward pass alone
+                auto = _reconstruct(module, batch, states[-1], attention_mask)
             # In a field that the outputs have: DDP takes them apart and makes them anew from their fields.
-            outputs["hidden_states"] = (_reconstruct(module, batch, states[-1], attention_mask), *states)
+            outputs["hidden_states"] = (auto, *states)
+            return outputs
+
+        def take(_model: nn.Module, _inputs: Any, outputs: Any) -> Any:
+            auto, *states = outputs["hidden_states"]
+            found.append(auto)
+            outputs["hidden_states"] = states[0] if bare else tuple(states)
             return outputs
 
         host.forward = both
+        hook = model.register_forward_hook(take)
         try:
-            yield
+            yield found
         finally:
+            hook.remove()
             restore()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:

@@ -1,6 +1,7 @@
 """A trained module as a folder that another program can open: settings and weights, without the tower.
 
-    folder/config.json         the settings of `ReconstructionConfig`, `hidden_size` and a format version
+    folder/config.json         the settings of `ReconstructionConfig`, `hidden_size`, a format version and the SHA-256
+                               of the weights, so that the files of two saves, one of them killed, are not mixed
            model.safetensors   trained weights
 
 Both are plain values and numbers; nothing that is read here executes code.
@@ -9,7 +10,7 @@ Both are plain values and numbers; nothing that is read here executes code.
 from __future__ import annotations
 
 import dataclasses
-import json
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +18,7 @@ from torch import nn
 
 from framestream.pipeline.errors import ConfigError, StateError
 
-from .checkpoint import MODEL_FILE, load_weights, weights_of, write_json, write_weights
+from .checkpoint import MODEL_FILE, load_weights, read_json, weights_of, write_json, write_weights
 from .reconstruction_config import ReconstructionConfig
 
 if TYPE_CHECKING:
@@ -44,32 +45,49 @@ def save_pretrained(module: AutoregressiveReconstruction, folder: str | Path) ->
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise ConfigError(f"{folder} cannot be made ({err}): give another folder.") from err
-    write_weights(folder / MODEL_FILE, weights_of(module))
-    settings = dataclasses.asdict(module.config)
-    write_json(folder / CONFIG_FILE, {"version": FORMAT_VERSION, "hidden_size": module.hidden_size, **settings})
+    digest = write_weights(folder / MODEL_FILE, weights_of(module))
+    facts = {"version": FORMAT_VERSION, "weights_sha256": digest, "hidden_size": module.hidden_size}
+    write_json(folder / CONFIG_FILE, {**facts, **dataclasses.asdict(module.config)})
 
 
 def from_pretrained(kind: type[Module], folder: str | Path, vision_tower: nn.Module) -> Module:
     """Build a `kind` from what `save_pretrained` wrote, around a tower like the one it was trained on.
 
     Raises:
-        StateError: no such folder, damaged files, another format version, or weights that do not fit.
+        StateError: no such folder, damaged files, another format version, or weights that do not fit, or that were not
+            saved together with the settings.
         ConfigError: unknown or impossible settings, or a tower of another `embedding_dim`.
     """
     path = Path(folder) / CONFIG_FILE
     try:
-        settings: Any = json.loads(path.read_text(encoding="utf-8"))
+        settings: Any = read_json(path)
     except (OSError, ValueError) as err:
         raise StateError(f"{path} cannot be read ({err}): give a folder that save_pretrained wrote.") from err
     if not isinstance(settings, dict) or settings.pop("version", None) != FORMAT_VERSION:
         raise StateError(f"{path} is not of format version {FORMAT_VERSION}: give a folder that save_pretrained wrote.")
-    hidden_size = settings.pop("hidden_size", None)
+    digest, hidden_size = settings.pop("weights_sha256", None), settings.pop("hidden_size", None)
     if isinstance(hidden_size, bool) or not isinstance(hidden_size, int) or hidden_size < 1:
         raise ConfigError(f"hidden_size in {path} must be a whole number of at least 1, got {hidden_size!r}.")
     try:
         config = ReconstructionConfig.make(settings)
     except ConfigError as err:
         raise ConfigError(f"{path}: {err}") from err
+    _check_weights(Path(folder), digest)
     module = kind(vision_tower, hidden_size, config)
     load_weights(Path(folder), module)
     return module.eval()
+
+
+def _check_weights(folder: Path, digest: object) -> None:
+    found = hashlib.sha256()
+    try:
+        with open(folder / MODEL_FILE, "rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+    except OSError as err:
+        raise StateError(f"The weights of {folder} cannot be read: {err}") from err
+    if found.hexdigest() != digest:
+        raise StateError(
+            f"{MODEL_FILE} in {folder} does not fit the weights_sha256 of its {CONFIG_FILE}: the file is damaged, or a "
+            "save was killed between the two. Save the module again."
+        )

@@ -28,10 +28,12 @@ class TrainSettings:
         precision: "fp32", or "bf16" autocast.
         parallel: what several ranks hold: "ddp" the whole model each; "fsdp2" a share each of weights, gradients and
             optimiser state, and a block's weights while it is at work. The steps are the same.
-        compile: compile the blocks of the predictor (torch.compile); worth its minutes where batches keep one shape.
+        compile: compile the blocks of the predictor (torch.compile); worth its minutes where batches keep one shape
+            and, with the attention backend ranges, one mask pattern.
         feature_cache: folder in which the frozen tower's embeddings of frames are kept; null encodes them anew. It
             takes clips that come back unchanged, so neither `data.augment` nor `data.crop: random`.
-        feature_cache_gb: limit of that folder, in 10^9 bytes; what no longer fits is encoded anew.
+        feature_cache_gb: limit of that folder, in 10^9 bytes; what no longer fits is encoded anew. Several runs at the
+            same time may exceed it by a twentieth each.
         eval_every: evaluate on held-out clips every so many steps; 0 only after the last one.
         eval_batches: batches per evaluation; null takes all.
         eval_loss: error that evaluations measure, e.g. mse; null takes the model's own loss.
@@ -102,6 +104,8 @@ class TrainSettings:
             raise ConfigError(f"train.precision must be 'fp32' or 'bf16', got {self.precision!r}.")
         if self.parallel not in ("ddp", "fsdp2"):
             raise ConfigError(f"train.parallel must be 'ddp' or 'fsdp2', got {self.parallel!r}.")
+        if self.feature_cache is not None and not self.feature_cache.strip():  # the current directory, to a path
+            raise ConfigError(f"train.feature_cache must be a folder, or null for none, got {self.feature_cache!r}.")
         if not 0 < self.feature_cache_gb < math.inf:
             raise ConfigError(
                 f"train.feature_cache_gb must be a positive number of 10^9 bytes, got {self.feature_cache_gb}."

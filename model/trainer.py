@@ -13,7 +13,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch import nn
 from framestream.pipeline.errors import ConfigError, FramestreamError
 
 from . import checkpoint as ckpt
+from .compiled_masks import MaskWatch
 from .evaluate import Evaluation, evaluate, gather_evaluation, move_batch
 from .metrics import METRICS_FILE, MetricsLog, differences, read_metrics
 from .parallel import compile_blocks, eager, is_sharded, parallel, sync_gradients, whole, whole_weights
@@ -152,6 +153,7 @@ def train(
     *,
     output: Path | str,
     config: Mapping[str, Any] | None = None,
+    ignored: Collection[str] = (),
     eval_loader: ResumableLoader | None = None,
     ranks: Ranks | None = None,
     on_progress: Callable[[Progress], None] | None = None,
@@ -164,6 +166,7 @@ def train(
         settings: see `TrainSettings`.
         output: run folder: checkpoints/, metrics.jsonl, tensorboard/.
         config: plain values that decide the result. A checkpoint that was written with others is refused.
+        ignored: dotted names of settings that do not, and that a checkpoint may hold all the same.
         eval_loader: held-out clips; None evaluates nothing.
         ranks: of `distributed()`.
         on_progress: called after every step on rank 0.
@@ -182,7 +185,7 @@ def train(
     newest = ckpt.latest_checkpoint(folder)
     step = 0
     if newest is not None:
-        if changed := differences(newest.state["config"], plain_config):
+        if changed := differences(_without(newest.state["config"], ignored), plain_config):
             raise ConfigError(
                 f"{output} holds a run with another configuration ({'; '.join(changed)}): "
                 "choose another output folder, or restore the setting to resume."
@@ -193,6 +196,7 @@ def train(
     resumed_from = step
     best = float(newest.state["best"]) if newest is not None and newest.state["best"] is not None else math.inf
 
+    watch = MaskWatch(module, device) if settings.compile else None
     if settings.compile:
         compile_blocks(module)
     model = parallel(module, settings.parallel, ranks, device)
@@ -212,7 +216,7 @@ def train(
     def save() -> None:
         with clock("checkpoint"):
             if first_rank or is_sharded(module):
-                weights, moments = ckpt.weights_of(module), ckpt.optimizer_of(optimizer)
+                weights, moments = ckpt.weights_of(module, first_rank), ckpt.optimizer_of(optimizer, first_rank)
             if first_rank:
                 state = {
                     "step": step,
@@ -263,6 +267,8 @@ def train(
                         batch = move_batch(next(batches), device)
                         window_wait += time.perf_counter() - wait_started
                     keys += list(batch.get("keys", ()))
+                    if watch is not None:
+                        watch(batch)
                     last_part = part == settings.accumulate - 1
                     with sync_gradients(model, last_part):
                         with clock("forward"), torch.autocast(device.type, autocast_dtype, autocast_dtype is not None):
@@ -318,6 +324,14 @@ def train(
             metrics.close()
     seconds = time.perf_counter() - started
     return TrainResult(step, finished, resumed_from, evaluation, samples, seconds, clock.seconds)
+
+
+def _without(config: Mapping[str, Any], names: Collection[str], prefix: str = "") -> dict[str, Any]:
+    return {
+        key: _without(value, names, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if f"{prefix}{key}" not in names
+    }
 
 
 _LOGGED = ("read_ms", "decode_ms", "rejects", "worker_restarts", "cache_hits", "cache_misses")

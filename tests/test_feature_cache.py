@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 from torch import nn
 
 from framestream.model.feature_cache import FeatureCache, fingerprint
-from framestream.model.towers import PixelTower, TowerAdapter
+from framestream.model.towers import FrozenTower, PixelTower, TowerAdapter
 from framestream.pipeline.errors import ConfigError
 from framestream.pipeline.sampling import FastSlowSampling
 from framestream.tools.config import load_config
@@ -23,7 +26,7 @@ from synthetic_shards import make_shards
 from train_setup import losses, write_config
 
 GB = 10**9
-FILE = PATCHES * 48 * 4 + 128  # bytes of a frame
+FILE = 24 + PATCHES * 48 * 4 + 16  # bytes of a frame
 
 
 def convolution(seed: int = 0) -> nn.Conv2d:
@@ -56,15 +59,57 @@ def test_equal_losses_with_and_without_and_each_frame_encoded_once(tmp_path: Pat
     torch.testing.assert_close(module.encode(packed), small_module(convolution()).encode(packed))
 
 
-def test_a_tower_that_learns_its_grid_from_a_call_is_called(tmp_path: Path) -> None:
+def test_a_hit_tells_the_tower_its_grid(tmp_path: Path) -> None:
     batch = batch_of(mask=None, patches=35)
     batch["video_frames"] = torch.randint(0, 256, (2, 9, 3, 20, 28), dtype=torch.uint8)  # 5 x 7 patches
+    turned = {**batch, "video_frames": batch["video_frames"].transpose(-1, -2).contiguous()}
     first, again = cached(tmp_path), cached(tmp_path)
-    want = first(batch).loss
+    want = [first(batch).loss, first(turned).loss]
     assert again.tower.tower.grid is None
-    assert torch.equal(again(batch).loss, want)
-    assert again.tower.tower.grid == (5, 7)
-    assert again.feature_cache.misses == 1
+    for one, grid, loss in ((batch, (5, 7), want[0]), (turned, (7, 5), want[1]), (batch, (5, 7), want[0])):
+        assert torch.equal(again(one).loss, loss)
+        assert again.tower.tower.grid == grid
+    assert again.feature_cache.misses == 0
+
+
+class Scaled(nn.Module):
+    """A tower with a number that is neither weight nor buffer."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale, self.dim, self.grid = (scale,), 48, (4, 4)
+        self.layer = convolution()
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        return (self.layer(frames) * self.scale[0]).flatten(2).transpose(1, 2)
+
+
+def test_a_tower_that_was_changed_or_exchanged_is_another(tmp_path: Path) -> None:
+    frames = batch_of()["video_frames"][0]
+    cache, tower = FeatureCache(tmp_path, GB), Scaled(1.0)
+
+    def agrees(tower: nn.Module) -> None:
+        frozen = FrozenTower(tower)
+        want = frozen(frames)
+        for _ in range(2):
+            torch.testing.assert_close(cache.encode(frozen, frames), want)
+
+    agrees(tower)
+    with torch.no_grad():
+        tower.layer.weight.mul_(3)
+    agrees(tower)
+    tower.layer.weight.data.mul_(2)
+    agrees(tower)
+    tower.scale = (5.0,)
+    agrees(tower)
+    agrees(Scaled(2.0))
+    agrees(PixelTower(SIDE, PATCH))
+    agrees(tower)
+    assert cache.misses == 6 * len(frames)
+    prints = {fingerprint(Scaled(scale)) for scale in (1.0, 2.0)}
+    tower = Scaled(1.0).eval()
+    tower.grid = (2, 8)  # learnt by a call
+    assert len(prints | {fingerprint(tower)}) == 2
 
 
 def test_towers_and_what_they_compute_in_are_kept_apart(tmp_path: Path) -> None:
@@ -108,18 +153,47 @@ def test_the_limit_holds_and_what_does_not_fit_is_encoded(tmp_path: Path) -> Non
         FeatureCache(files[0], GB)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "pickle", "shape"])
+def test_several_runs_share_one_limit(tmp_path: Path) -> None:
+    frames, limit = torch.randint(0, 256, (45, 3, SIDE, SIDE), dtype=torch.uint8), 20 * FILE + 10
+    tower = FrozenTower(PixelTower(SIDE, PATCH))
+    for part, cache in enumerate([FeatureCache(tmp_path, limit) for _ in range(3)]):
+        cache.encode(tower, frames[part::3])
+    assert 20 <= sum(path.is_file() for path in tmp_path.rglob("*")) <= 22  # a twentieth too much for each other run
+
+
+def test_what_killed_processes_left_is_swept_up(tmp_path: Path) -> None:
+    old, new, other = (tmp_path / name for name in (f".{'0a' * 20}.emb.9-x.tmp", f".{'0b' * 20}.emb.9-x.tmp", "a.tmp"))
+    for path in (old, new, other):
+        path.write_bytes(bytes(100))
+    for path in (old, other):
+        os.utime(path, (time.time() - 7200,) * 2)
+    assert FeatureCache(tmp_path, 1000)._space == 800
+    assert (old.exists(), new.exists(), other.exists()) == (False, True, True)  # another's stay
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "longer", "pickle", "npz", "npy", "zeros", "bit", "dims"])
 def test_damaged_files_are_encoded_anew(tmp_path: Path, damage: str) -> None:
     frames = batch_of()["video_frames"][:1, :1]
     module = cached(tmp_path, PixelTower(SIDE, PATCH))
     want = module.encode(frames)
-    (file,) = (path for path in tmp_path.rglob("*.npy"))
-    if damage == "pickle":
-        np.save(file, np.array([{}], dtype=object), allow_pickle=True)
-    elif damage == "shape":
-        np.save(file, np.zeros(3, np.float32))
+    (file,) = (path for path in tmp_path.rglob("*.emb"))
+    whole = file.read_bytes()
+    if damage in ("pickle", "npz", "npy"):
+        with open(file, "wb") as out:
+            if damage == "npz":
+                np.savez(out, a=np.zeros(3))
+            else:
+                np.save(out, np.array([{}], dtype=object) if damage == "pickle" else want[0, 0].numpy())
+    elif damage == "bit":
+        place = random.Random(0).randrange(24, len(whole))
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
     else:
-        file.write_bytes(file.read_bytes()[: 200 if damage == "cut" else 0])
+        turned = whole[:8] + whole[12:16] + whole[8:12] + whole[16:]  # [D, P], of the same size
+        file.write_bytes(
+            {"cut": whole[:200], "empty": b"", "longer": whole + b"\0", "dims": turned}.get(
+                damage, whole[:24] + bytes(len(whole) - 24)
+            )
+        )
     again = cached(tmp_path, PixelTower(SIDE, PATCH))
     assert torch.equal(again.encode(frames), want)
     assert again.feature_cache.misses == 1
@@ -155,3 +229,5 @@ def test_clips_that_never_come_back_unchanged_are_refused(tmp_path: Path, option
         build(load_config(config, ["--data.augment=false", option]))
     with pytest.raises(ConfigError, match=r"train\.feature_cache_gb must be"):
         load_config(config, ["--train.feature_cache_gb=0"])
+    with pytest.raises(ConfigError, match=r"train\.feature_cache must be a folder, or null"):
+        load_config(config, ["--train.feature_cache", ""])

@@ -17,8 +17,10 @@ pytest.importorskip("transformers")
 from framestream.model import AutoregressiveTrainer
 
 from vision_language_job import (
+    HIDDEN,
     Clips,
     arguments,
+    evaluations,
     language_model,
     lines,
     reconstruction_of,
@@ -138,6 +140,8 @@ def test_evaluation_has_both_losses_and_the_hosts_outputs_alone(whole: Any) -> N
     metrics = whole.evaluate(Clips(4))
     found = whole.predict(Clips(4))
     assert metrics["eval_loss"] == pytest.approx(found.metrics["test_loss"])
+    uneven = whole.evaluate(Clips(11))  # a last batch of 3
+    assert uneven["eval_main_loss"] + uneven["eval_autoregressive_loss"] == pytest.approx(uneven["eval_loss"])
     logits = found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions
     assert logits.shape == (4, 22, 64)
     batch = {name: value[None] for name, value in Clips()[0].items()}
@@ -154,6 +158,31 @@ def test_evaluation_has_both_losses_and_the_hosts_outputs_alone(whole: Any) -> N
     assert "autoregressive_loss" not in outputs
     torch.testing.assert_close(loss, plain.loss + auto)
     assert "forward" not in vars(whole.model)
+
+
+def test_the_reconstruction_runs_in_the_precision_of_the_host(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, max_steps=1, bf16=True)
+    seen: dict[str, torch.dtype] = {}
+    layers = {"own": trainer.model.autoregressive_reconstruction.predictor.blocks[0].qkv, "host": trainer.model.lm_head}
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda _m, _i, out, name=name: seen.__setitem__(name, out.dtype))
+    trainer.train()
+    assert seen == {"own": torch.bfloat16, "host": torch.bfloat16}
+
+
+def test_a_loss_function_sees_the_hosts_own_hidden_states(tmp_path: Path) -> None:
+    seen: list[list[torch.Size]] = []
+
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        seen.append([state.shape for state in outputs.hidden_states])
+        return outputs.logits.float().square().mean()
+
+    trainer = trainer_of(tmp_path, max_steps=1, logging_steps=1)
+    trainer.compute_loss_func = loss
+    trainer.train()
+    assert seen == [[(4, 22, HIDDEN)] * 3]
+    (line,) = lines(trainer)
+    assert line["loss"] == pytest.approx(line["main_loss"] + line["autoregressive_loss"], rel=1e-5)
 
 
 def test_a_loaders_batch_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -180,6 +209,20 @@ def test_a_loaders_batch_is_taken_as_it_is(tmp_path: Path) -> None:
     first, second = lines(trainer)
     assert second["main_loss"] < first["main_loss"]
     assert loader.state_dict()["epoch"] == 1
+    # The labels are made by host_inputs, once for a batch.
+    calls: list[int] = []
+    make = trainer.host_inputs
+    trainer.host_inputs = lambda inputs: calls.append(1) or make(inputs)
+    held_out = make_loader(shards, image_size=16, patches_per_frame=16, batch_size=4, shuffle=False)
+    metrics = trainer.evaluate(held_out)
+    assert metrics["eval_main_loss"] + metrics["eval_autoregressive_loss"] == pytest.approx(metrics["eval_loss"])
+    assert metrics["eval_autoregressive_loss"] > 0
+    assert len(calls) == 2
+    trainer.host_inputs = lambda inputs: {name: value for name, value in make(inputs).items() if name != "labels"}
+    with pytest.raises(ConfigError, match=r"needs labels, and neither the batch nor host_inputs has them"):
+        trainer.evaluate(held_out)
+    trainer.host_inputs, trainer.label_names = make, []  # as of a host that has a loss without labels
+    assert trainer.evaluate(held_out)["eval_autoregressive_loss"] == metrics["eval_autoregressive_loss"]
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
@@ -216,5 +259,8 @@ def test_two_ranks_take_the_steps_of_one(whole: Any, tmp_path: Path) -> None:
             assert len(run["lines"]) == 4
             for one, other in zip(lines(whole), run["lines"], strict=True):
                 assert other == pytest.approx(one, rel=2e-3)
+            for evaluation in run["evaluation"].values():
+                assert evaluation["main_loss"] + evaluation["autoregressive_loss"] == pytest.approx(evaluation["loss"])
+            assert run["evaluation"]["16"] == pytest.approx(evaluations(whole)["16"], rel=2e-3)
             assert run["weights"] == pytest.approx(weights(whole), rel=1e-2, abs=1e-3)
     assert ranks[0] == ranks[1]

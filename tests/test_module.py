@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -459,6 +460,7 @@ def test_a_saved_module_is_the_same_one_around_its_tower(tmp_path: Path) -> None
         ({"num_layers": 1}, StateError, "do not fit"),
         ({"hidden_size": "12"}, ConfigError, "hidden_size .* must be a whole number"),
         ({"version": 2}, StateError, "not of format version 1"),
+        ({"weights_sha256": None}, StateError, r"model\.safetensors .* does not fit the weights_sha256 of its config"),
     ],
     ids=str,
 )
@@ -480,13 +482,31 @@ def test_what_is_no_saved_module_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="embedding_dim is 48"):
         AutoregressiveReconstruction.from_pretrained(tmp_path, PixelTower(SIDE, 2))
     torch.save({"predictor": os.getcwd}, tmp_path / MODEL_FILE)  # a pickle under that name is no safetensors file
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["weights_sha256"] = hashlib.sha256((tmp_path / MODEL_FILE).read_bytes()).hexdigest()
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(StateError, match="do not fit"):
+        AutoregressiveReconstruction.from_pretrained(tmp_path, tower)
+    (tmp_path / MODEL_FILE).unlink()
+    with pytest.raises(StateError, match="cannot be read"):
+        AutoregressiveReconstruction.from_pretrained(tmp_path, tower)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(StateError, match="nested too deeply"):
         AutoregressiveReconstruction.from_pretrained(tmp_path, tower)
     with pytest.raises(ConfigError, match="mask is a function"):
         small_module(mask=lambda layout: make_mask("full", layout)).save_pretrained(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be made"):
         small_module().save_pretrained(tmp_path / "file")
+
+
+def test_weights_of_a_save_that_was_killed_are_not_opened_under_the_old_settings(tmp_path: Path) -> None:
+    small_module(mask="sliding_window", window_size=2).save_pretrained(tmp_path)
+    old = (tmp_path / "config.json").read_bytes()
+    small_module(mask="frame_causal", trained=False).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes(old)  # the second of its two files was not written
+    with pytest.raises(StateError, match="a save was killed between the two"):
+        AutoregressiveReconstruction.from_pretrained(tmp_path, PixelTower(SIDE, PATCH))
 
 
 # -- where it runs ---------------------------------------------------------------------------------------

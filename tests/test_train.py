@@ -6,10 +6,12 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -153,6 +155,35 @@ def test_another_config_is_refused_by_name(unbroken: Path) -> None:
     assert train_command(load_config(unbroken / "config.yaml", ["--train.log_every", "7"])) == 0
 
 
+def test_a_run_whose_checkpoint_says_more_than_it_has_to_is_resumed(unbroken: Path, tmp_path: Path) -> None:
+    """As one that was written when a setting still counted as part of the result."""
+    output = tmp_path / "run"
+    shutil.copytree(unbroken, output)
+    newest = ckpt.latest_checkpoint(output / "checkpoints")
+    assert newest is not None
+    state = dict(newest.state)
+    assert "batch_size" not in state["config"]["data"]
+    state["config"] = {**state["config"], "data": {**state["config"]["data"], "batch_size": 2}, "output": "elsewhere"}
+    ckpt.write_json(newest.path / ckpt.STATE_FILE, state)
+    assert train_command(load_config(output / "config.yaml", ["--output", str(output)])) == 0
+
+
+def test_compiling_for_many_masks_is_warned_of_once() -> None:
+    from framestream.model.compiled_masks import MaskWatch
+
+    from model_setup import batch_of, small_module
+
+    one, short = batch_of(lengths=(24, 24)), batch_of(lengths=(24, 3))
+    for backend, warned in (("auto", 1), ("ranges", 1), ("dense", 0)):
+        watch = MaskWatch(small_module(attention_backend=backend), torch.device("cpu"))
+        for batches, count in (((one, batch_of(seed=1)), 0), ((short, one, short), warned)):
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                for batch in batches:
+                    watch(batch)
+            assert [str(entry.message)[:14] for entry in said] == ["train.compile:"] * count
+
+
 def test_other_data_is_refused(unbroken: Path, tmp_path: Path) -> None:
     other = make_shards(tmp_path / "other", num_samples=5)
     with pytest.raises(StateError, match="data"):
@@ -248,9 +279,33 @@ def test_half_written_and_damaged_checkpoints(shards: Path, tmp_path: Path) -> N
     (newest.path / ckpt.MODEL_FILE).write_bytes(b"not weights")
     with pytest.raises(StateError, match="step-00000003"):
         run_config(load_config(config))
-    (newest.path / ckpt.STATE_FILE).write_text("{")
-    with pytest.raises(StateError, match="step-00000003"):
-        run_config(load_config(config))
+    for damaged in ("{", "[]", "[" * 100_000):
+        (newest.path / ckpt.STATE_FILE).write_text(damaged)
+        with pytest.raises(StateError, match="step-00000003"):
+            run_config(load_config(config))
+
+
+def test_ranks_that_write_nothing_keep_nothing(tmp_path: Path) -> None:
+    """Of shares, one tensor at a time is put together, and what is written is on the CPU."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
+    try:
+        module = torch.nn.Linear(4, 3)
+        fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = torch.optim.AdamW(module.parameters())
+        module(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        assert (ckpt.weights_of(module, False), ckpt.optimizer_of(optimizer, False)) == ({}, {})
+        kept = ckpt.optimizer_of(optimizer)
+        assert kept["param_groups"] == optimizer.state_dict()["param_groups"]
+        for tensors in (ckpt.weights_of(module), *kept["state"].values()):
+            assert tensors
+            assert {(type(value), value.device.type) for value in tensors.values()} == {(torch.Tensor, "cpu")}
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_checkpoint_cannot_run_code(shards: Path, tmp_path: Path) -> None:

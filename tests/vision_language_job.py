@@ -115,6 +115,13 @@ def lines(trainer: Any) -> list[dict[str, float]]:
     return [{name: row[name] for name in names} for row in trainer.state.log_history if "loss" in row]
 
 
+def evaluations(trainer: Any) -> dict[str, dict[str, float]]:
+    """The loss and its parts on full batches of 8, and where the last one is not full."""
+    found = {count: trainer.evaluate(Clips(count)) for count in (16, 11)}
+    names = ("loss", "main_loss", "autoregressive_loss")
+    return {str(count): {name: metrics[f"eval_{name}"] for name in names} for count, metrics in found.items()}
+
+
 def weights(trainer: Any) -> dict[str, float]:
     """A number for each parameter that is trained."""
     return {name: float(p.detach().double().norm()) for name, p in trainer.model.named_parameters() if p.requires_grad}
@@ -131,7 +138,7 @@ def main(folder: Path) -> None:
         defaults = {"per_device_train_batch_size": 2, "ddp_find_unused_parameters": False}
         trainer = trainer_of(folder, **{**defaults, **settings})
         trainer.train()
-        result[name] = {"lines": lines(trainer), "weights": weights(trainer)}
+        result[name] = {"lines": lines(trainer), "weights": weights(trainer), "evaluation": evaluations(trainer)}
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(result))
     torch.distributed.destroy_process_group()
 

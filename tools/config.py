@@ -183,43 +183,40 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """What decides the numbers of a run: everything but where it is written and how fast it goes."""
         plain = self.to_json()
-        for section, names in _NO_PART_OF_THE_RESULT.items():
-            for name in names:
-                plain[section].pop(name)
-        plain.pop("output")
+        for name in NO_PART_OF_THE_RESULT:
+            section, _, key = name.rpartition(".")
+            (plain[section] if section else plain).pop(key)
         return plain
 
 
-# Places, speeds and intervals: a run may be resumed with other values of these. The loader's own state refuses other
-# data, wherever it lies.
-_NO_PART_OF_THE_RESULT = {
-    "data": (
-        "shards",
-        "held_out",
-        "batch_size",
-        "workers",
-        "decoder",
-        "storage_options",
-        "cache_dir",
-        "cache_gb",
-        "max_reject_share",
-    ),
-    "model": ("attention_backend", "gradient_checkpointing"),
-    "train": (
-        "eval_every",
-        "checkpoint_every",
-        "keep_last",
-        "log_every",
-        "tensorboard",
-        "parallel",
-        "compile",
-        "feature_cache",
-        "feature_cache_gb",
-        "threads",
-        "device",
-        "rollout_steps",
-    ),
-}
+#: Places, speeds and intervals: a run may be resumed with other values of these. The loader's own state refuses other
+#: data, wherever it lies.
+NO_PART_OF_THE_RESULT = (
+    "data.shards",
+    "data.held_out",
+    "data.batch_size",
+    "data.workers",
+    "data.decoder",
+    "data.storage_options",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.max_reject_share",
+    "model.attention_backend",
+    "model.gradient_checkpointing",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "train.log_every",
+    "train.tensorboard",
+    "train.parallel",
+    "train.compile",
+    "train.feature_cache",
+    "train.feature_cache_gb",
+    "train.threads",
+    "train.device",
+    "train.rollout_steps",
+    "output",
+)
 
 
 def find_config(name: str | Path) -> Path:

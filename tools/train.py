@@ -27,7 +27,7 @@ from framestream.pipeline.loader import ClipLoader, build_loader
 from framestream.pipeline.masks import make_mask
 from framestream.pipeline.sampling import FastSlowSampling, make_sampling
 
-from .config import TrainConfig, load_config, make_parser
+from .config import NO_PART_OF_THE_RESULT, TrainConfig, load_config, make_parser
 from .console import console, progress_bar
 
 if TYPE_CHECKING:
@@ -318,6 +318,7 @@ def _run_on(config: TrainConfig, ranks: Ranks, quiet: bool, label: str) -> tuple
                 config.train,
                 output=output,
                 config=config.identity(),
+                ignored=NO_PART_OF_THE_RESULT,
                 eval_loader=run.eval_loader,
                 ranks=ranks,
                 on_progress=show,
