@@ -7,6 +7,7 @@ import re
 import signal
 import warnings
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from framestream.model.patch_basis import CosineTower
 from framestream.pipeline.errors import ConfigError, FramestreamError, StateError
 from framestream.pipeline.layout import FrameLayout
 from framestream.pipeline.masks import leaking_targets, make_mask
-from framestream.pipeline.sampling import FAST, make_sampling
+from framestream.pipeline.sampling import FAST, DenseSampling, make_sampling
 from framestream.tools.ablate import _claim, _experiment, _scores, ablate
+from framestream.tools.ablate_check import check_equal, tokens_of_batch
 from framestream.tools.ablate_cost import step_costs
-from framestream.tools.ablate_report import compared, findings, summary
+from framestream.tools.ablate_report import compared, findings, gather, how_to_read, markdown, page, summary
 from framestream.tools.ablate_rows import ROWS, fast_slow_of, row_config
-from framestream.tools.ablate_score import last_fast, score
+from framestream.tools.ablate_score import last_fast, score, valid_tokens
 from framestream.tools.cli import main
 from framestream.tools.config import load_config
 from framestream.tools.synthetic_sets import BARS, FRAMES, GREY, SETS, SHOWN, SIDE, SyntheticLoader, moving_sprites
@@ -57,7 +59,7 @@ def loaders(name: str, **options: Any) -> dict[str, SyntheticLoader]:
     tower = build_tower(config)
     found = {}
     for row in ROWS:
-        changed, _ = row_config(config, ROWS[row], tower)
+        changed = row_config(config, ROWS[row], tower)
         sampling, (mask, _) = make_sampling(changed.sampling()), changed.mask()
         found[row] = SyntheticLoader(name, sampling, 16, mask, batch_size=2, **options)
     return found
@@ -77,14 +79,13 @@ def test_rows_have_equal_tokens_and_each_is_what_its_name_says(name: str) -> Non
     patches = {"ablate": (16, 16), "demo": (16, 64)}[name]
     counted = set()
     for row in ROWS.values():
-        changed, tokens = row_config(config, row, tower)
+        changed = row_config(config, row, tower)
         plan = make_sampling(changed.sampling()).plan(100)
         counted.add(sum(patches[stream] for stream in plan.stream))
-        assert tokens in counted
         assert (set(plan.stream.tolist()) == {0, 1}) == row.fast_slow
         assert changed.model.use_frame_causal_mask == row.frame_mask
     assert len(counted) == 1
-    masks = {row: row_config(config, ROWS[row], tower)[0].mask()[0] for row in ROWS}
+    masks = {row: row_config(config, ROWS[row], tower).mask()[0] for row in ROWS}
     assert masks["full"] == "time_causal"
     assert masks["leaky"] == "fast_slow"
 
@@ -95,6 +96,44 @@ def test_streams_that_cannot_be_compared_are_refused() -> None:
         row_config(config, ROWS["full"], build_tower(config))
     with pytest.raises(ConfigError, match=r"samples one stream"):
         fast_slow_of(load_config("short"))
+
+
+def test_drawn_clips_too_short_for_a_row_are_refused_before_training(tmp_path: Path) -> None:
+    """Padding is no token: each of these would compare rows that do not see as much, or no longer ask the question."""
+    for name, override, said in (
+        ("memory", "model.fast_pool=2", r"10 of the 30 frames of the row Baseline would be padding"),
+        ("memory", "data.sampling.fast_stride=2", r"2 of the 12 frames of the row Baseline would be padding"),
+        ("sprites", "data.sampling.num_slow=8", r"2 of the 14 frames .* have 12 frames"),
+        ("memory", "data.sampling.num_slow=10", r"Baseline would begin at frame 4 of the set memory"),
+        ("memory", "data.sampling={kind: fast_slow, num_fast: 6, num_slow: 4, fast_stride: 2}", r"begin at frame 1 of"),
+        (
+            "memory",
+            "data.sampling={kind: fast_slow, num_fast: 6, num_slow: 6, slow_stride: 1, slow_coverage: stride}",
+            r"No slow frame of the row \+Fast-slow",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            ablate(set=name, output=str(tmp_path / "new"), overrides=[override])  # type: ignore[arg-type]
+    assert not (tmp_path / "new").exists()
+
+
+def test_tokens_of_a_batch_and_of_a_layout_leave_padding_out() -> None:
+    """Two frames of three are there; the dense row of so short a clip has fewer tokens, and that is refused."""
+    sampling = make_sampling({"kind": "fast_slow", "num_fast": 2, "num_slow": 1})
+    for length, expected in ((3, 4 + 2 * 16), (1, 4 + 16)):
+        plan = sampling.plan(length)
+        batch = {
+            "frame_stream": torch.from_numpy(plan.stream).expand(2, -1),
+            "frame_valid": torch.from_numpy(plan.valid).expand(2, -1),
+            "meta": [{}, {"padding": True}],  # a clip that only fills the batch is none
+        }
+        assert tokens_of_batch(batch, (4, 16)) == [expected]
+        assert valid_tokens(FrameLayout.from_plan(plan, (4, 16))) == expected
+    check_equal({"full": [36, 36], "baseline": [36, 36]})
+    with pytest.raises(ConfigError, match=r"full 36 \(36\), baseline 28 \(20\)\. Clips are too short for baseline"):
+        check_equal({"full": [36, 36], "baseline": [36, 20]})
+    with pytest.raises(ConfigError, match=r"Clips are too short for baseline, frame_mask:"):
+        check_equal({"baseline": [36, 20], "frame_mask": [36, 20], "full": [36, 36]})
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -208,8 +247,12 @@ def test_an_untrained_model_scores_one_everywhere_and_a_leak_is_counted() -> Non
         assert found.teacher_forced.frames == 2 * 5
         assert [step.ratio for step in found.rollout] == pytest.approx([1] * 4)
         assert bool(found.leaking) == ROWS[row].leaks
+        assert (found.tokens, found.fewest_tokens) == (192, 192)
     assert module.config.on_leak == "exclude"
     assert module.training
+    short = SyntheticLoader("sprites", DenseSampling(14), 16, "frame_causal", 2, batches=1)  # 2 frames of padding
+    found = score(module, short, frames=6, rollout_steps=4)
+    assert (found.tokens, found.fewest_tokens) == (192, 192) != (14 * 16, 14 * 16)
     with pytest.raises(ConfigError, match=r"13 fast frames"):
         score(module, every["full"], frames=13, rollout_steps=4)
 
@@ -247,11 +290,23 @@ def test_costs_grow_with_the_batch() -> None:
 
 def test_a_difference_counts_where_ranges_do_not_overlap() -> None:
     low, wide, high = (summary(values) for values in ([0.1, 0.2], [0.15, 0.9], [0.8, 0.9]))
-    assert compared(low, high) == "less error (0.15 against 0.85)"
-    assert compared(high, low) == "more error (0.85 against 0.15)"
+    assert compared(low, high) == "less error (0.150 against 0.850)"
+    assert compared(high, low) == "more error (0.850 against 0.150)"
     assert compared(low, wide).startswith("no difference")
     assert compared(low, summary([0.1, None])) == "not measured"
     assert summary([0.5])["std"] is None
+
+
+def test_one_seed_states_numbers_and_no_difference() -> None:
+    """One run has no range: 0.971 and 0.975 of different weights are the same to whoever has one of each."""
+    assert compared(summary([0.971]), summary([0.975])) == "0.971 against 0.975 (one seed: no statement)"
+    assert compared(summary([0.1]), summary([0.975, 0.976])) == "0.100 against 0.976 (one seed: no statement)"
+    assert "says nothing" in how_to_read(1)
+    for seeds in (2, 3):  # every order of the runs of two equal rows, counted
+        runs = list(combinations(range(2 * seeds), seeds))
+        apart = sum(max(run) - min(run) == seeds - 1 and (0 in run or 2 * seeds - 1 in run) for run in runs)
+        assert f"{seeds} seeds do not overlap" in how_to_read(seeds)
+        assert f"1 of {len(runs) // apart} comparisons" in how_to_read(seeds)
 
 
 # -- the command ---------------------------------------------------------------------------------------------
@@ -287,6 +342,15 @@ def test_killed_and_run_again_it_gives_the_same_numbers_and_a_page(tmp_path: Pat
     assert f"{results['rows']['leaky']['forced']['mean']:.2f}" in table
     assert (whole / "ablation.png").read_bytes().startswith(b"\x89PNG")
     check_page(whole / "ablation.html", results)
+    assert "2 seeds do not overlap" in (whole / "ablation.html").read_text(encoding="utf-8")
+
+    runs = {row: [scores(whole)[f"{row}-0"]] for row in rows[1:]}
+    costs = {row: results["rows"][row]["cost"] for row in runs}
+    single = gather(results["settings"], runs, costs, {row: ROWS[row] for row in runs})
+    for text in (page(single), markdown(single)):
+        assert "One seed says nothing about differences" in text
+        assert "overlap" not in text
+        assert not re.search(r"over seeds|the range|less error|more error", text)
 
 
 def check_page(path: Path, results: Any) -> None:
@@ -344,17 +408,20 @@ def test_changed_options_and_impossible_ones_are_refused_by_name(tmp_path: Path,
 
 def test_scores_of_other_clips_are_not_put_into_one_table(tmp_path: Path) -> None:
     experiment = _experiment(None, "memory", tmp_path / "run", None, None, TINY)
-    for row, targets in (("full", "a"), ("leaky", "a"), ("baseline", "b")):
+    for row, targets, fewest in (("full", "a", 192), ("leaky", "a", 192), ("baseline", "b", 192), ("short", "a", 160)):
         folder = experiment.run_folder(row, 0)
         folder.mkdir(parents=True)
-        (folder / "score.json").write_text(json.dumps({"tokens": 192, "targets": targets}))
+        values = {"tokens": 192, "fewest_tokens": fewest, "targets": targets}
+        (folder / "score.json").write_text(json.dumps(values))
     assert list(_scores(experiment, ["full", "leaky"], 1)) == ["full", "leaky"]
     with pytest.raises(FramestreamError, match=r"their targets differ \(a, b\)"):
         _scores(experiment, ["full", "baseline"], 1)
+    with pytest.raises(FramestreamError, match=r"their fewest_tokens differ \(160, 192\)"):
+        _scores(experiment, ["full", "short"], 1)
 
 
 @pytest.mark.slow
-def test_clips_of_shards(tmp_path: Path) -> None:
+def test_clips_of_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_shards(tmp_path / "shards", num_samples=6, samples_per_shard=3, num_frames=16)
     config = tmp_path / "small.yaml"
     values = json.loads(json.dumps(SMALL))
@@ -370,3 +437,16 @@ def test_clips_of_shards(tmp_path: Path) -> None:
     assert results["clips"] == 6
     assert results["rows"]["full"]["runs"][0]["teacher_forced"]["frames"] == 6 * 4
     assert len(findings(results)) == 4
+    assert all("one seed: no statement" in sentence for sentence in findings(results))
+    for name in ("ablation.html", "ablation.md"):
+        text = (tmp_path / "run" / name).read_text(encoding="utf-8")
+        assert results["reading"] in text
+        assert "overlap" not in text
+        assert "range" not in text
+    assert results["tokens"] == results["fewest_tokens"] > 0
+    too_many = ["--overrides", "data.sampling={kind: fast_slow, num_fast: 5, num_slow: 12}"]  # 17 newest frames of 16
+    more[-1] = str(tmp_path / "short")
+    capsys.readouterr()
+    assert main(["ablate", str(config), *more, *too_many]) == 2
+    assert "Clips are too short for baseline, frame_mask:" in capsys.readouterr().err
+    assert not (tmp_path / "short").exists()

@@ -24,6 +24,7 @@ from framestream.pipeline.errors import ConfigError, FramestreamError
 from framestream.pipeline.loader import ClipLoader
 from framestream.pipeline.sampling import make_sampling
 
+from .ablate_check import check_drawn, check_equal, tokens_of_batch
 from .ablate_cost import step_costs
 from .ablate_report import MARKDOWN_FILE, PAGE_FILE, RESULTS_FILE, gather, write_results
 from .ablate_rows import ROWS, Row, fast_slow_of, row_config
@@ -116,10 +117,12 @@ def ablate(
     if unknown := [row for row in rows if row not in ROWS]:
         raise ConfigError(f"--rows {' '.join(unknown)}: known are {', '.join(ROWS)}.")
     rows = [row for row in ROWS if row in rows]
-    _claim(experiment)
     if experiment.config.train.threads:
         torch.set_num_threads(experiment.config.train.threads)
     jobs = [(row, seed) for seed in range(seeds) for row in rows]
+    if not all((experiment.run_folder(*job) / SCORE_FILE).is_file() for job in jobs):
+        _check(experiment, rows)
+    _claim(experiment)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "[0-9]+ targets of this batch")  # the leaky row's, which is its purpose
         for number, (row, seed) in enumerate(jobs, 1):
@@ -164,6 +167,22 @@ def _experiment(
     return Experiment(data, replace(config, train=train), output)
 
 
+def _check(experiment: Experiment, rows: Iterable[str]) -> None:
+    """Refuse rows that could not be compared before anything is written or trained."""
+    counted: dict[str, list[int]] = {}
+    for row in rows:
+        config, module = _seeded(experiment, ROWS[row], 0)
+        if experiment.data != "clips":
+            check_drawn(experiment.data, ROWS[row], make_sampling(config.sampling()))
+        patches, both = patches_of(config, module.tower.tower), _loaders(experiment, config, module)
+        try:
+            counted[row] = [count for loader in both for count in tokens_of_batch(next(iter(loader)), patches)]
+        finally:
+            for loader in both:
+                loader.close()
+    check_equal(counted)
+
+
 def _claim(experiment: Experiment) -> None:
     """Write down what this folder holds, or refuse to mix two experiments."""
     path = experiment.output / SETTINGS_FILE
@@ -191,8 +210,8 @@ def _read(path: Path) -> Any:
         raise FramestreamError(f"{path} cannot be read ({err}): remove it to make it again.") from err
 
 
-def _seeded(experiment: Experiment, row: Row, seed: int) -> tuple[TrainConfig, AutoregressiveReconstruction, int]:
-    """Config, fresh module and tokens per clip of one run; equal seeds give equal weights in every row."""
+def _seeded(experiment: Experiment, row: Row, seed: int) -> tuple[TrainConfig, AutoregressiveReconstruction]:
+    """Config and fresh module of one run; equal seeds give equal weights in every row."""
     base = experiment.config
     base = replace(
         base,
@@ -201,8 +220,8 @@ def _seeded(experiment: Experiment, row: Row, seed: int) -> tuple[TrainConfig, A
     )
     torch.manual_seed(base.train.seed)
     tower = build_tower(base)
-    config, tokens = row_config(base, row, tower)
-    return config, build_module(config, tower)[0], tokens
+    config = row_config(base, row, tower)
+    return config, build_module(config, tower)[0]
 
 
 def _loaders(
@@ -230,7 +249,7 @@ def _one_run(experiment: Experiment, row: str, seed: int, label: str) -> bool:
     folder = experiment.run_folder(row, seed)
     if (folder / SCORE_FILE).is_file():
         return True
-    config, module, tokens = _seeded(experiment, ROWS[row], seed)
+    config, module = _seeded(experiment, ROWS[row], seed)
     loader, held_out = _loaders(experiment, config, module)
     try:
         with progress_bar(label, config.train.steps) as advance:
@@ -254,7 +273,7 @@ def _one_run(experiment: Experiment, row: str, seed: int, label: str) -> bool:
     finally:
         loader.close()
         held_out.close()
-    write_json(folder / SCORE_FILE, {"tokens": tokens, **found.to_json()})
+    write_json(folder / SCORE_FILE, found.to_json())
     return True
 
 
@@ -262,15 +281,16 @@ def _scores(experiment: Experiment, rows: Iterable[str], seeds: int) -> dict[str
     """`[row][seed]`, after making sure that they can be compared.
 
     Raises:
-        FramestreamError: rows were scored on different frames.
+        FramestreamError: rows were scored on different frames, or had different numbers of tokens.
     """
     found = {row: [_read(experiment.run_folder(row, seed) / SCORE_FILE) for seed in range(seeds)] for row in rows}
-    for what in ("tokens", "targets"):
+    for what in ("tokens", "fewest_tokens", "targets"):
         values = {score[what] for scores in found.values() for score in scores}
         if len(values) > 1:
             raise FramestreamError(
                 f"The runs in {experiment.output / RUNS} cannot be compared, their {what} differ "
-                f"({', '.join(map(str, sorted(values)))}): the held-out clips changed. Choose another --output."
+                f"({', '.join(map(str, sorted(values)))}): held-out clips changed, or some are too short for the rows "
+                "without slow frames. Use other clips and another --output."
             )
     return found
 
@@ -284,7 +304,7 @@ def _costs(experiment: Experiment, rows: list[str]) -> dict[str, dict[str, float
     modules: dict[str, tuple[AutoregressiveReconstruction, Mapping[str, Any]]] = {}
     device = pick_device(experiment.config.train.device)
     for row in rows:
-        config, module, _ = _seeded(experiment, ROWS[row], 0)
+        config, module = _seeded(experiment, ROWS[row], 0)
         loader, held_out = _loaders(experiment, config, module)
         try:
             modules[row] = (module, next(iter(loader)))

@@ -75,6 +75,7 @@ def gather(
         "created": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         "seeds": len(first),
         "tokens": first[0]["tokens"],
+        "fewest_tokens": first[0]["fewest_tokens"],
         "steps": settings["train"]["steps"],
         "batch_size": settings["batch_size"],
         "clips": first[0]["clips"],
@@ -83,7 +84,7 @@ def gather(
         "settings": dict(settings),
         "versions": versions(),
     }
-    results["findings"] = findings(results)
+    results["findings"], results["reading"] = findings(results), how_to_read(len(first))
     return results
 
 
@@ -112,18 +113,37 @@ def findings(results: Mapping[str, Any]) -> list[str]:
 
 
 def compared(one: Mapping[str, float | None], other: Mapping[str, float | None]) -> str:
-    """`less error (0.31 against 0.98)`; a difference counts where the ranges over seeds do not overlap."""
+    """`less error (0.310 against 0.980)`; a difference counts where the ranges over seeds do not overlap.
+
+    One seed has no range, and nothing is said of a difference.
+    """
     values = [each[key] for each in (one, other) for key in ("mean", "min", "max")]
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return "not measured"
     mean, low, high, other_mean, other_low, other_high = known
-    numbers = f"({mean:.2f} against {other_mean:.2f})"
+    numbers = f"{mean:.3f} against {other_mean:.3f}"
+    if one["std"] is None or other["std"] is None:
+        return f"{numbers} (one seed: no statement)"
     if high < other_low:
-        return f"less error {numbers}"
+        return f"less error ({numbers})"
     if low > other_high:
-        return f"more error {numbers}"
-    return f"no difference beyond that of seeds {numbers}"
+        return f"more error ({numbers})"
+    return f"no difference beyond that of seeds ({numbers})"
+
+
+def how_to_read(seeds: int) -> str:
+    """What a stated difference means with so many seeds, and how often chance alone makes one.
+
+    If two rows of n runs do not differ, each of the C(2n, n) ways to mix their order is as likely, and in two of them
+    all runs of one row come first.
+    """
+    if seeds < 2:
+        return "One seed says nothing about differences: another seed gives other numbers. Use more seeds."
+    return (
+        f"A difference is called one where the ranges over {seeds} seeds do not overlap. For independent runs of rows "
+        f"that do not differ, chance alone makes one in 1 of {math.comb(2 * seeds, seeds) // 2} comparisons."
+    )
 
 
 def _cell(values: Mapping[str, float | None]) -> str:
@@ -148,10 +168,11 @@ def markdown(results: Mapping[str, Any]) -> str:
     of_seeds = f"mean ± standard deviation of {results['seeds']} seeds" if results["seeds"] > 1 else "one seed"
     note = (
         f"Error / error of repeating the last frame, {of_seeds}; {results['steps']} steps of {results['batch_size']} "
-        f"clips, {results['tokens']} tokens per clip in every row; {results['targets']} target frames of "
+        f"clips, {results['tokens']:.10g} tokens per clip in every row; {results['targets']} target frames of "
         f"{results['clips']} held-out clips, the same for every row."
     )
-    return "\n".join([*lines, "", note, "", *(f"- {sentence}" for sentence in results["findings"])]) + "\n"
+    found = [f"- {sentence}" for sentence in results["findings"]]
+    return "\n".join([*lines, "", note, "", *found, "", results["reading"]]) + "\n"
 
 
 def draw(axes: Axes, results: Mapping[str, Any], colours: Mapping[str, str]) -> None:
@@ -186,7 +207,8 @@ def write_picture(results: Sequence[Mapping[str, Any]], path: Path) -> None:
         draw(axes, one, _PRINT)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color=_PRINT["line"], linewidth=0.8)
-        axes.set_title(f"{one['set']}: {one['seeds']} seeds, {one['steps']} steps", fontsize=10)
+        seeds = f"{one['seeds']} seeds" if one["seeds"] > 1 else "one seed"
+        axes.set_title(f"{one['set']}: {seeds}, {one['steps']} steps", fontsize=10)
         axes.set_ylabel("error / error of repeating the last frame", fontsize=9)
     grid[0].legend(fontsize=9, frameon=False)
     figure.savefig(path, dpi=110)

@@ -72,8 +72,8 @@ def tokens_of(sampling: FastSlowSampling, patches: int | tuple[int, int]) -> int
     return sampling.num_slow * slow + sampling.num_fast * fast
 
 
-def row_config(config: TrainConfig, row: Row, tower: nn.Module) -> tuple[TrainConfig, int]:
-    """The config of one row, and its tokens per clip, which are the same in every row.
+def row_config(config: TrainConfig, row: Row, tower: nn.Module) -> TrainConfig:
+    """The config of one row: as many tokens as every other one, of clips that are long enough.
 
     Raises:
         ConfigError: no number of full frames has as many tokens as the slow and fast frames together.
@@ -103,4 +103,4 @@ def row_config(config: TrainConfig, row: Row, tower: nn.Module) -> tuple[TrainCo
         on_leak=row.on_leak,
     )
     data = replace(config.data, sampling=chosen, mask=row.mask)
-    return replace(config, data=data, model=model), tokens
+    return replace(config, data=data, model=model)

@@ -19,6 +19,7 @@ from framestream.model.evaluate import ErrorSum, move_batch
 from framestream.model.losses import patch_error
 from framestream.model.rollout import generate
 from framestream.pipeline.errors import ConfigError
+from framestream.pipeline.layout import FrameLayout
 from framestream.pipeline.masks import leaking_targets
 from framestream.pipeline.sampling import FAST
 
@@ -34,6 +35,8 @@ class Score:
         clips: with enough frames to be scored.
         targets: digest of which frames of which clips were predicted.
         leaking: how many of the scored targets their query can see.
+        tokens: that a clip gives the model, mean over the clips; padding is none.
+        fewest_tokens: the same of the clip with the fewest.
     """
 
     teacher_forced: ErrorSum
@@ -42,6 +45,8 @@ class Score:
     clips: int
     targets: str
     leaking: int
+    tokens: float
+    fewest_tokens: int
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, with the ratios written out."""
@@ -56,7 +61,14 @@ class Score:
             "clips": self.clips,
             "targets": self.targets,
             "leaking": self.leaking,
+            "tokens": self.tokens,
+            "fewest_tokens": self.fewest_tokens,
         }
+
+
+def valid_tokens(layout: FrameLayout) -> int:
+    """Tokens of the frames that are there; those of padding only keep the shape static."""
+    return sum(patches for patches, valid in zip(layout.patches, layout.valid, strict=True) if valid)
 
 
 def last_fast(batch: Mapping[str, Any], count: int) -> Tensor:
@@ -98,7 +110,8 @@ def score(
     device = next(module.parameters()).device
     to_pixels = None if config.target_norm else getattr(module.tower.tower, "to_pixels", None)
     metric = loss or config.loss
-    digest, clips, leaking = hashlib.sha256(), 0, 0
+    digest, leaking = hashlib.sha256(), 0
+    tokens: list[int] = []  # of each clip
     forced = [ErrorSum()] * (frames - 1)
     made = [ErrorSum()] * rollout_steps
     module.eval()
@@ -133,15 +146,16 @@ def score(
                 forced[i] += ErrorSum.over(model[:, i], copied[:, i])
             for step in range(rollout_steps):
                 made[step] += ErrorSum.over(free_model[:, step], free_copied[:, step])
-            clips += len(kept)
+            tokens += [valid_tokens(prepared.layouts[row]) for row in kept]
             leaking += _leaking(module, prepared, at, kept)
     finally:
         module.config = config
         module.train(was_training)
-    if not clips:
+    if not tokens:
         raise ConfigError(f"No held-out clip has {frames} fast frames to be scored on: use longer clips.")
     steps = forced[len(forced) - rollout_steps :]
-    return Score(sum(forced, ErrorSum()), steps, made, clips, digest.hexdigest()[:16], leaking)
+    mean = sum(tokens) / len(tokens)
+    return Score(sum(forced, ErrorSum()), steps, made, len(tokens), digest.hexdigest()[:16], leaking, mean, min(tokens))
 
 
 def _at(frames: Tensor, place: Tensor) -> Tensor:
