@@ -16,13 +16,13 @@ from framestream.pipeline.atomic import atomic_write
 from . import figures
 from .ablate_rows import Row
 from .config import leaves
+from .pages import page_environment
 from .results import versions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 RESULTS_FILE, MARKDOWN_FILE, PICTURE_FILE, PAGE_FILE = (f"ablation.{end}" for end in ("json", "md", "png", "html"))
-_TEMPLATES = Path(__file__).parent / "templates"
 ABOUT = {
     "sprites": "Squares that move at constant speed: two frames determine the next, and a longer memory adds nothing.",
     "memory": "Coloured bars, shown first, then hidden, and laid open one by one at the end: what comes next can only "
@@ -216,7 +216,6 @@ def write_picture(results: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def page(results: Mapping[str, Any]) -> str:
     """The whole page as a string: no script, no request. Numbers stand in `<data>` with their path in ablation.json."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     def number(path: str, style: str = "{:.2f}") -> Markup:
@@ -227,13 +226,7 @@ def page(results: Mapping[str, Any]) -> str:
             return Markup("<span>not measured</span>")
         return Markup('<data data-key="{}" value="{}">{}</data>').format(path, repr(value), style.format(value))
 
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     label = "For each row the error from true history and in each generated frame; the table has the numbers."
     chart = figures.themed(lambda axes: draw(axes, results, _PAGE), "ablation", label, 960, 380)
     return environment.get_template("ablation.html.j2").render(

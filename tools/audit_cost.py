@@ -19,9 +19,9 @@ from torch import Tensor
 
 from framestream.model.autoregressive_reconstruction import AutoregressiveReconstruction
 from framestream.model.patch_basis import CosineTower, start_with_differences
-from framestream.pipeline.layout import FrameLayout
-from framestream.pipeline.masks import FrameMask, make_mask
 from framestream.pipeline.sampling import FAST, FastSlowSampling
+
+from .drawn_batch import drawn_batch
 
 FRAMES, SIDE, PATCH = 16, 16, 4
 FPS = 30.0
@@ -77,18 +77,7 @@ def moving_squares(clips: int, generator: torch.Generator) -> Tensor:
 
 def batch_of(video: Tensor, rule: str) -> dict[str, Any]:
     """A loader's batch of clips `[B, FRAMES, 3, SIDE, SIDE]`."""
-    plan = FastSlowSampling(8, 8).plan(FRAMES)
-    mask = make_mask(rule, FrameLayout.from_plan(plan, (SIDE // PATCH) ** 2))
-    index = torch.from_numpy(plan.frame_index)
-    rows = len(video)
-    return {
-        "video_frames": video[:, index],
-        "frame_index": index.expand(rows, -1),
-        "frame_time": (index / FPS).float().expand(rows, -1),
-        "frame_stream": torch.from_numpy(plan.stream).expand(rows, -1),
-        "frame_valid": torch.from_numpy(plan.valid).expand(rows, -1),
-        "frame_mask": FrameMask.stack([mask] * rows),
-    }
+    return drawn_batch(video, FastSlowSampling(8, 8).plan(FRAMES), rule, (SIDE // PATCH) ** 2, FPS)
 
 
 def _train(rule: str, on_leak: str, seed: int, steps: int, clips: int, rollout_steps: int) -> LeakCost:

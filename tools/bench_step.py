@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from framestream.model.autoregressive_reconstruction import create_autoregressive_reconstruction_module
 from framestream.model.towers import PixelTower
-from framestream.pipeline.layout import FrameLayout
-from framestream.pipeline.masks import make_mask
 from framestream.pipeline.sampling import DenseSampling
 
 from .bench_rows import Row, computed
+from .drawn_batch import drawn_batch
 from .peak_memory import peak_bytes
 
 FRAMES, LAYERS, HEADS, PATCH = 16, 3, 8, 16
@@ -64,35 +63,29 @@ def training_step(tokens: int, repeats: int, device: str) -> list[Row]:
     tower, dim = PixelTower(side * PATCH, PATCH), 3 * PATCH**2
     torch.manual_seed(0)
     frames = torch.randint(0, 256, (1, FRAMES, 3, side * PATCH, side * PATCH), dtype=torch.uint8)
-    layout = FrameLayout.from_plan(DenseSampling(FRAMES).plan(FRAMES), patches=side**2)
-    mask = make_mask("frame_causal", layout)
-    batch = {
-        "frame_index": torch.arange(FRAMES)[None],
-        "frame_time": torch.arange(FRAMES)[None] / 30,
-        "frame_stream": torch.ones(1, FRAMES, dtype=torch.long),
-        "frame_valid": torch.ones(1, FRAMES, dtype=torch.bool),
-    }
-    batch = {key: value.to(device) for key, value in batch.items()}
+    plan = DenseSampling(FRAMES).plan(FRAMES)
+    batch = drawn_batch(frames.to(device), plan, "frame_causal", side**2, fps=30)
+    mask = batch["frame_mask"][0]
     config = {"embedding_dim": dim, "num_layers": LAYERS, "num_heads": HEADS, "loss_weight": 1.0}
     ours = create_autoregressive_reconstruction_module(tower, 32, config).to(device)
     dense = mask.dense()
 
     def our_pass(video: Tensor) -> tuple[Tensor, Tensor]:
-        output = ours({**batch, "frame_mask": mask, "video_frames": video})
+        output = ours({**batch, "video_frames": video})
         return output.loss, output.predictions
 
     designs: dict[str, tuple[nn.Module, Callable[[Tensor], tuple[Tensor, Tensor]]]] = {"framestream": (ours, our_pass)}
     for name, memory_mask in (("decoder", False), ("decoder, memory_mask", True)):
-        design = DecoderDesign(tower, dim, layout.num_tokens, dense, memory_mask=memory_mask).to(device)
+        design = DecoderDesign(tower, dim, mask.num_tokens, dense, memory_mask=memory_mask).to(device)
         designs[name] = design, design
-    frames = frames.to(device)
+    frames = batch["video_frames"]
     steps = {name: _step(module, run, frames, device) for name, (module, run) in designs.items()}
     facts: dict[str, float] = {}
     for name, (module, run) in designs.items():
         facts[f"{name} leaks"] = float(leaking_frames(module, run, frames))
     for name, step in steps.items():
         facts[f"{name} MB"] = peak_bytes(step, device) / 2**20
-    row = computed(f"{FRAMES} frames, N={layout.num_tokens}, D={dim}", steps, repeats, device)
+    row = computed(f"{FRAMES} frames, N={mask.num_tokens}, D={dim}", steps, repeats, device)
     for name in list(steps)[1:]:
         facts[f"{name} / framestream"] = row.over(name, "framestream")
         facts[f"{name} / framestream MB"] = facts[f"{name} MB"] / facts["framestream MB"]

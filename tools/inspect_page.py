@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,11 @@ from .inspect_rejects import Account
 from .inspect_summary import KINDS, MARKS, NUMBERS, Facts
 from .inspect_text import counted, harmless, long_time, shown, size
 from .inspect_timing import Timing
+from .pages import page_environment
 
 MAX_KINDS = 8  # rows of a table of kinds; the others are one row
 MAX_REASONS = 20  # groups of rejects
 FAR_KEY_FRAMES = 32  # frames from key frame to key frame above which reading single frames is dear
-_TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
@@ -167,16 +166,10 @@ def _epoch(seen: Inspection) -> dict[str, Any] | None:
 
 def render_page(seen: Inspection) -> str:
     """The whole page as a string."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: harmless(value) if type(value) is str else value,  # Markup is our own
+    environment = page_environment(
+        finalize=lambda value: harmless(value) if type(value) is str else value  # Markup is our own
     )
     environment.filters |= {"size": size, "long_time": long_time, "counted": counted, "shown": shown}
     mask = seen.mask

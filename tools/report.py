@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from . import figures
+from .pages import page_environment
 from .results import ClipView, RunResults
 
 REPORT_FILE = "report.html"
-_TEMPLATES = Path(__file__).parent / "templates"
 
 
 def _lookup(results: Any, path: str) -> Any:
@@ -121,7 +121,6 @@ def render_report(results: RunResults, pictures: Mapping[str, np.ndarray]) -> st
 
     Every number on it stands in a `<data>` element whose `data-key` is its path in results.json.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     def number(path: str, style: str = "{:.2f}", scale: int = 1) -> Markup:
@@ -135,13 +134,7 @@ def render_report(results: RunResults, pictures: Mapping[str, np.ndarray]) -> st
         value = _lookup(results, path)
         return Markup('<data data-key="{}" value="{}">{}</data>').format(path, repr(value), duration(value))
 
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.filters["duration"] = duration
     evaluation = results.evaluation
     forced = [step["ratio"] for step in evaluation["forced_steps"]]

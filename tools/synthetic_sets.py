@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from framestream.pipeline.errors import ConfigError, StateError
-from framestream.pipeline.layout import FrameLayout
-from framestream.pipeline.masks import FrameMask, make_mask
 from framestream.pipeline.sampling import Sampling
+
+from .drawn_batch import drawn_batch
 
 SIDE = 16
 FRAMES = {"sprites": 12, "memory": 20}  # per clip
@@ -130,17 +130,10 @@ class SyntheticLoader:
         where = [self.seed, SPLITS[self.split], epoch, position]
         number = int(np.random.SeedSequence(where).generate_state(1)[0])
         video = SETS[self.name](self.batch_size, torch.Generator().manual_seed(number))
-        plan = self.sampling.plan(FRAMES[self.name])
-        mask = make_mask(self.mask, FrameLayout.from_plan(plan, self.patches))
-        index = torch.from_numpy(plan.frame_index)
+        batch = drawn_batch(video, self.sampling.plan(FRAMES[self.name]), self.mask, self.patches, FPS)
         rows = self.batch_size
         return {
-            "video_frames": video[:, index],
-            "frame_index": index.expand(rows, -1),
-            "frame_time": (index / FPS).float().expand(rows, -1),
-            "frame_stream": torch.from_numpy(plan.stream).expand(rows, -1),
-            "frame_valid": torch.from_numpy(plan.valid).expand(rows, -1),
-            "frame_mask": FrameMask.stack([mask] * rows),
+            **batch,
             "keys": [f"{self.name}-{self.split}-{epoch}-{position}-{row}" for row in range(rows)],
             "meta": [{}] * rows,
         }
