@@ -193,7 +193,7 @@ def test_a_child_holds_nothing_that_its_parent_has_let_go(web: Storage, tmp_path
         open_files = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_open(fd)}
         os.close(go)
         os.read(done, 1)  # until the parent is ready
-        os._exit(1 if any(name.endswith(".tar") for name in open_files) else 0)
+        os._exit(1 if any(name.startswith(str(cache.path(url))) for name in open_files) else 0)
     os.close(done)
     lease.close()
     with open(cache.path(url), "rb") as file:

@@ -169,6 +169,7 @@ def test_a_plan_whose_publication_was_cut_off_is_published_the_next_time(storage
     assert other.place.folder != job.place.folder
 
 
+@pytest.mark.slow  # eight attempts, each after a longer wait
 def test_storage_that_stays_away_is_a_sentence(storage: Storage) -> None:
     storage.proxy.inject("clips-000000.tar", "503", 1000, method="PUT")
     with pytest.raises(ShardError, match=r"clips-000000\.tar could not be written in 8 attempts"):
