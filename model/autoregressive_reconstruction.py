@@ -276,6 +276,8 @@ class AutoregressiveReconstruction(nn.Module):
             [leaking_targets(layout, mask[i], self.config.num_layers) for i, layout in enumerate(layouts)]
         )
         scored = targets >= 0 if self.config.on_leak == "allow" else (targets >= 0) & ~leaks
+        if not self.config.slow_targets:
+            scored &= facts[1] == FAST
         device = embeddings.device
         return PreparedClips(
             embeddings=embeddings,

@@ -60,6 +60,9 @@ class ReconstructionConfig:
     # Layer-normed embeddings as input and target: towers whose channels differ in scale by orders of magnitude
     # would otherwise train on the loudest channel alone. Off for pixels, so that predictions stay pictures.
     target_norm: bool = False
+    # False: slow frames are seen, and what comes after them is no part of the loss. Their steps are wider than those of
+    # fast frames, and a small model that has to learn both learns the fast ones less well.
+    slow_targets: bool = True
     loss: str = "mse"
     # Frames that the model generates from its own output in training, added to the loss; 0: teacher-forced only.
     rollout_steps: int = 0
@@ -88,6 +91,7 @@ class ReconstructionConfig:
             "use_frame_causal_mask",
             "use_fast_slow_frames",
             "target_norm",
+            "slow_targets",
             "gradient_checkpointing",
         ):
             if not isinstance(getattr(self, name), bool):

@@ -136,6 +136,21 @@ def test_unused_parameters() -> None:
         assert [name for name, p in module.named_parameters() if p.grad is None] == []
 
 
+def test_without_slow_targets_slow_frames_are_seen_and_not_scored() -> None:
+    module, batch = small_module(slow_targets=False), batch_of()
+    both = small_module()(batch)
+    only = module(batch)
+    fast = batch["frame_stream"] == 1
+    assert only.frame_error[~fast].isnan().all()
+    torch.testing.assert_close(only.frame_error[fast], both.frame_error[fast], equal_nan=True)
+    assert 0 < only.targets < both.targets
+    scored = only.frame_error[only.frame_error.isfinite()]
+    torch.testing.assert_close(only.loss, scored.mean() * module.config.loss_weight)
+    changed = {**batch, "video_frames": batch["video_frames"].clone()}
+    changed["video_frames"][:, 0] += 1  # the first slow frame is before every fast one
+    assert (module(changed).frame_error != only.frame_error)[fast & only.frame_error.isfinite()].any()
+
+
 def test_nothing_to_predict_gives_an_attached_zero_and_is_counted() -> None:
     module = small_module()
     out = module(batch_of(DenseSampling(4), (1, 1)))
@@ -406,6 +421,7 @@ def test_defaults_are_the_known_keys_values() -> None:
         {"loss_weight": "a"}, {"loss": "l2"}, {"on_leak": "ignore"}, {"mask": "causal"}, {"window_size": 3},
         {"mask": "time_causal", "window_size": 3}, {"mask": "sliding_window", "window_size": 0}, {"num_hist": 0},
         {"rollout_steps": -1}, {"attention_backend": "fast"}, {"slow_coverage": "all"}, {"target_norm": 1},
+        {"slow_targets": 1},
         {"use_frame_causal_mask": False, "mask": "full"}, {"use_frame_causal_mask": False, "num_hist": 2},
         {"use_frame_causal_mask": False, "attention_backend": "flex"}, {"predictor_dim": 0},
     ],
