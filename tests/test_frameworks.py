@@ -275,7 +275,6 @@ def test_trainer_and_accelerate_on_two_ranks(tmp_path: Path) -> None:
 def test_lightning_goes_on_from_every_checkpoint(
     shards: Path, tmp_path: Path, parts: int, every: str, ends: list[int]
 ) -> None:
-    pytest.importorskip("lightning")
     from lightning_job import fit
 
     whole = fit(shards, tmp_path / "whole", parts=parts, every=every)
@@ -289,7 +288,6 @@ def test_lightning_goes_on_from_every_checkpoint(
 
 @pytest.mark.parametrize("name", ["frameworks.md", "training.md"])
 def test_the_recipe_for_lightning_runs_as_it_stands(tmp_path: Path, name: str) -> None:
-    pytest.importorskip("lightning")
     write_shards(tmp_path / "shards", 6, 3)
     page = (Path(__file__).parents[1] / "docs" / name).read_text()
     (recipe,) = re.findall(r"<!-- lightning -->\n```py\n(.*?)```", page, re.DOTALL)
@@ -306,7 +304,7 @@ def test_the_recipe_for_lightning_runs_as_it_stands(tmp_path: Path, name: str) -
     assert (checkpoint["Clips"]["epoch"], checkpoint["Clips"]["consumed"]) == (2, 0)
 
 
+@pytest.mark.slow
 def test_lightning_on_two_ranks(tmp_path: Path) -> None:
-    pytest.importorskip("lightning")
     shards = write_shards(tmp_path / "shards", SAMPLES, 5, bad={3})
     check_ranks(torchrun.run("lightning_job.py", 2, tmp_path), shards)
