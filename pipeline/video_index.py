@@ -130,6 +130,8 @@ class VideoIndex:
 
     @classmethod
     def _parsed(cls, record: Any) -> VideoIndex:
+        if not isinstance(record, dict):
+            raise TypeError(f"it is {type(record).__name__}, not a mapping")
         head = {name: record[name] for name in record if name not in ("table", "crc")}
         count, num_bytes = head["count"], head["bytes"]
         if head["version"] != VERSION:

@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from framestream.pipeline.errors import DecodeError, SampleError
@@ -139,6 +139,7 @@ def test_missing_metadata_is_refused_by_name(clip: bytes) -> None:
         st.none() | st.integers() | st.text() | st.floats() | st.lists(st.integers() | st.floats() | st.none()),
     )
 )
+@example({"packets": [1]})
 def test_any_metadata_is_read_or_refused(change: dict) -> None:
     record = {
         "num_frames": 2,
