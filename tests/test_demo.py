@@ -114,6 +114,7 @@ def slow_footage(tmp_path: Path) -> Path:
     return tmp_path / "slow.mp4"
 
 
+@pytest.mark.slow
 def test_a_second_run_replaces_the_first_and_nothing_else(
     finished: Path, slow_footage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -652,6 +652,7 @@ print(marks[1] - marks[0])
 """
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_in_the_number_of_inputs(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", _MEMORY, str(tmp_path)], check=True, capture_output=True, text=True)
     assert int(done.stdout) < 25 << 10  # KiB: that is 270 bytes for an input, and one Source alone takes more

@@ -102,6 +102,7 @@ def test_a_bucket_becomes_the_shards_that_a_folder_becomes(
     assert len(shards) == end["splits"]["train"]["samples"]
 
 
+@pytest.mark.slow
 def test_requests_that_fail_are_tried_again(storage: Storage, reference: dict[str, bytes]) -> None:
     storage.proxy.inject("a.mp4", "503", 2)
     storage.proxy.inject("b.c%20d.MOV", "cut", 1)

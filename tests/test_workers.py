@@ -122,6 +122,7 @@ def loader_batch(options: dict[str, Any]) -> int:
     return int(options.get("batch_size", 2))
 
 
+@pytest.mark.slow
 def test_workers_killed_from_outside_cost_nothing(shards: Path) -> None:
     expected = [stream(loader) for loader in [loader_of(shards, num_workers=0)] for _ in range(3)]
     loader = loader_of(shards)
