@@ -254,6 +254,7 @@ def check_ranks(ranks: list[dict[str, Any]], shards: Path) -> None:
             assert run["seen"] == rank["runs"][0]["seen"][batches:]
 
 
+@pytest.mark.slow
 def test_trainer_and_accelerate_on_two_ranks(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     shards = write_shards(tmp_path / "shards", SAMPLES, 5, bad={3})

@@ -342,6 +342,7 @@ def test_impossible_options_are_refused(make: Any) -> None:
         make()
 
 
+@pytest.mark.slow
 def test_an_encode_that_takes_too_long_costs_its_clip(tmp_path: Path) -> None:
     make_video(tmp_path / "a.mp4", num_frames=24, size=(64, 48))
     make_video(tmp_path / "b.mp4", num_frames=600, size=(480, 360), b_frames=0)
