@@ -7,10 +7,10 @@ FlexAttention a precomputed block mask; `dense` is the reference with a boolean 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ from framestream.pipeline.masks import FrameMask
 
 from .attention_tiles import Group
 from .range_attention import TiledRun, range_attention, taken
+
+Value = TypeVar("Value")
 
 BACKENDS = ("auto", "ranges", "dense", "flex")
 
@@ -82,8 +84,7 @@ def plan_attention(
             "use an unbatched mask, or one row for each clip"
         )
     if backend == "ranges":
-        runs = _runs(mask, batch_size, token_causal)
-        return ranges_plan(runs, token_causal=token_causal)
+        return ranges_plan(_runs(mask, batch_size, token_causal), token_causal=token_causal)
     if backend == "dense":
         allowed = mask.dense(device)
         if token_causal:
@@ -108,13 +109,18 @@ def _runs(mask: FrameMask, batch_size: int, per_frame: bool) -> tuple[Run, ...]:
     if per_frame:
         plans = [_split_groups(plan, pattern.offsets()) for plan, pattern in zip(plans, mask.patterns, strict=True)]
     clips = mask.clips if mask.clips is not None else (0,) * batch_size
-    runs: list[Run] = []
-    first = 0
-    for clip in range(1, batch_size + 1):
-        if clip == batch_size or clips[clip] != clips[first]:
-            runs.append((first, clip, plans[clips[first]]))
-            first = clip
-    return tuple(runs)
+    return tuple((first, last, plans[pattern]) for first, last, pattern in equal_runs(clips))
+
+
+def equal_runs(values: Sequence[Value]) -> list[tuple[int, int, Value]]:
+    """Neighbouring equal values as one: (first, one past the last, value)."""
+    runs: list[tuple[int, int, Value]] = []
+    for place, value in enumerate(values):
+        if runs and runs[-1][2] == value:
+            runs[-1] = (runs[-1][0], place + 1, value)
+        else:
+            runs.append((place, place + 1, value))
+    return runs
 
 
 def _split_groups(groups: tuple[Group, ...], bounds: tuple[int, ...]) -> tuple[Group, ...]:

@@ -15,8 +15,8 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
-# Token intervals (start, stop), ascending and disjoint.
-Ranges = tuple[tuple[int, int], ...]
+from framestream.pipeline.frame_mask import Ranges, frames_of, merged_ranges
+
 # Queries of one interval that see the same keys: (q_start, q_stop, keys).
 Group = tuple[int, int, Ranges]
 
@@ -38,7 +38,7 @@ def forward_tiles(groups: tuple[Group, ...]) -> tuple[Tile, ...]:
     queries: dict[Ranges, list[tuple[int, int]]] = {}
     for start, stop, keys in groups:
         queries.setdefault(keys, []).append((start, stop))
-    return tuple(Tile(_merged(parts), keys) for keys, parts in queries.items())
+    return tuple(Tile(merged_ranges(parts), keys) for keys, parts in queries.items())
 
 
 @lru_cache(maxsize=512)
@@ -53,8 +53,8 @@ def backward_tiles(groups: tuple[Group, ...]) -> tuple[Tile, ...]:
     tiles: list[Tile] = []
 
     def emit(first: int, last: int, found: int) -> None:
-        queries = _merged(pair for strip in strips[first:last] for pair in strip.queries)
-        keys = _merged(segments[s] for s in _bits(found))
+        queries = merged_ranges(pair for strip in strips[first:last] for pair in strip.queries)
+        keys = merged_ranges(segments[s] for s in frames_of(found))
         short = count(queries) < LONG < count(keys)
         tiles.extend(Tile(queries, part) for part in (_pieces(keys) if short else (keys,)))
 
@@ -89,21 +89,8 @@ def count(ranges: Ranges) -> int:
     return sum(stop - start for start, stop in ranges)
 
 
-def _merged(parts: Iterable[tuple[int, int]]) -> Ranges:
-    merged: list[tuple[int, int]] = []
-    for start, stop in sorted(parts):
-        if merged and merged[-1][1] == start:
-            start = merged.pop()[0]
-        merged.append((start, stop))
-    return tuple(merged)
-
-
-def _bits(row: int) -> Iterable[int]:
-    return (s for s in range(row.bit_length()) if row >> s & 1)
-
-
 def _width(row: int, segments: Sequence[tuple[int, int]]) -> int:
-    return sum(segments[s][1] - segments[s][0] for s in _bits(row))
+    return sum(segments[s][1] - segments[s][0] for s in frames_of(row))
 
 
 def _pieces(keys: Ranges) -> Iterable[Ranges]:

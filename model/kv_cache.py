@@ -10,19 +10,15 @@ import heapq
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from operator import or_
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from framestream.pipeline.errors import ConfigError
-from framestream.pipeline.frame_mask import frames_of
+from framestream.pipeline.frame_mask import Ranges, frames_of, merged_ranges
 
-from .attention import AttentionPlan, Run, ranges_plan
+from .attention import AttentionPlan, Run, equal_runs, ranges_plan
 from .predictor import LayerCache, Place
-
-Ranges = tuple[tuple[int, int], ...]  # disjoint, ascending (start, stop) in tokens
-Value = TypeVar("Value")
 
 MARGIN = 32  # generated frames that are remembered beyond those that can be seen
 
@@ -145,12 +141,7 @@ class SlotTable:
                 f"the mask lets a frame see frame {next(iter(frames_of(lost)))} of its sequence again, which none of "
                 "many frames before saw: give the number of steps, and it is kept until its last use"
             )
-        merged: list[tuple[int, int]] = []
-        for start, stop in sorted(self._places[frame] for frame in frames_of(row)):
-            if merged and merged[-1][1] == start:
-                start = merged.pop()[0]
-            merged.append((start, stop))
-        return tuple(merged)
+        return merged_ranges(self._places[frame] for frame in frames_of(row))
 
     def room(self, future: Future, step: int) -> int:
         """Tokens that a buffer needs for generated frame `step` and all later ones that are known."""
@@ -232,9 +223,9 @@ class KVCache:
         starts = [table.place(future.number(step)) for table, future in both]
         seen = [table.ranges(future.row(step)) for table, future in both]
         self.key_tokens = max(sum(stop - start for start, stop in ranges) for ranges in seen)
-        runs: list[Run] = [(first, last, ((0, self._patches, ranges),)) for first, last, ranges in _same(seen)]
+        runs: list[Run] = [(first, last, ((0, self._patches, ranges),)) for first, last, ranges in equal_runs(seen)]
         plan = ranges_plan(tuple(runs), token_causal=self._token_causal)
-        return plan, tuple(_same(starts)) if self._in_place else None
+        return plan, tuple(equal_runs(starts)) if self._in_place else None
 
     def _room(self, step: int) -> int:
         return max(table.room(future, step) for table, future in zip(self._tables, self.futures, strict=True))
@@ -244,7 +235,7 @@ class KVCache:
 
         def moved(old: Tensor) -> Tensor:
             new = old.new_empty(*old.shape[:2], room, old.shape[3])
-            for first, last, ranges in _same(sources):
+            for first, last, ranges in equal_runs(sources):
                 at = 0
                 for start, stop in ranges:
                     new[first:last, :, at : at + stop - start] = old[first:last, :, start:stop]
@@ -254,14 +245,3 @@ class KVCache:
         # One layer after the other, so that what is let go of is free before the next is made.
         for i, layer in enumerate(self.layers):
             self.layers[i] = LayerCache((moved(layer.frames[0]), moved(layer.frames[1])), layer.context)
-
-
-def _same(values: Sequence[Value]) -> list[tuple[int, int, Value]]:
-    """Neighbouring clips with equal values: (first, one past the last, value)."""
-    runs: list[tuple[int, int, Value]] = []
-    first = 0
-    for clip in range(1, len(values) + 1):
-        if clip == len(values) or values[clip] != values[first]:
-            runs.append((first, clip, values[first]))
-            first = clip
-    return runs

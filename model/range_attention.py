@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention_tiles import Group, Ranges, Tile, backward_tiles, forward_tiles
+from framestream.pipeline.frame_mask import Ranges
+
+from .attention_tiles import Group, Tile, backward_tiles, forward_tiles
 
 
 class TiledRun(NamedTuple):
@@ -41,8 +44,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, run: TiledRun) -> Tensor:
     pieces: list[tuple[int, Tensor]] = []
     for tile in run.forward:
         part = F.scaled_dot_product_attention(taken(q, tile.queries), taken(k, tile.keys), taken(v, tile.keys))
-        sizes = [stop - start for start, stop in tile.queries]
-        pieces += zip((start for start, _ in tile.queries), part.split(sizes, dim=2), strict=True)
+        pieces += [(place.start, piece) for place, piece in _placed(part, tile.queries)]
     in_order = [piece for _, piece in sorted(pieces, key=lambda pair: pair[0])]
     return in_order[0] if len(in_order) == 1 else torch.cat(in_order, dim=2)
 
@@ -53,18 +55,21 @@ def taken(x: Tensor, ranges: Ranges) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
+def _placed(part: Tensor, ranges: Ranges) -> Iterator[tuple[slice, Tensor]]:
+    """The reverse of `taken`: what of `part` belongs to which tokens."""
+    sizes = [stop - start for start, stop in ranges]
+    for (start, stop), piece in zip(ranges, part.split(sizes, dim=2), strict=True):
+        yield slice(start, stop), piece
+
+
 def _put(x: Tensor, ranges: Ranges, part: Tensor) -> None:
-    at = 0
-    for start, stop in ranges:
-        x[:, :, start:stop] = part[:, :, at : at + stop - start]
-        at += stop - start
+    for place, piece in _placed(part, ranges):
+        x[:, :, place] = piece
 
 
 def _add(x: Tensor, ranges: Ranges, part: Tensor) -> None:
-    at = 0
-    for start, stop in ranges:
-        x[:, :, start:stop] += part[:, :, at : at + stop - start]
-        at += stop - start
+    for place, piece in _placed(part, ranges):
+        x[:, :, place] += piece
 
 
 class _RangeAttention(torch.autograd.Function):

@@ -22,13 +22,15 @@ from .errors import ConfigError
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+Ranges = tuple[tuple[int, int], ...]  # disjoint, ascending (start, stop) in tokens
+
 
 class QueryGroup(NamedTuple):
     """Query tokens `start:stop` attend to exactly the tokens of `keys`, disjoint ascending (start, stop) pairs."""
 
     start: int
     stop: int
-    keys: tuple[tuple[int, int], ...]
+    keys: Ranges
 
 
 @dataclass(frozen=True)
@@ -251,6 +253,16 @@ def frames_of(row: int) -> Iterable[int]:
         row ^= low
 
 
+def merged_ranges(parts: Iterable[tuple[int, int]]) -> Ranges:
+    """Disjoint intervals in ascending order, those that adjoin as one."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(parts):
+        if merged and merged[-1][1] == start:
+            start = merged.pop()[0]
+        merged.append((start, stop))
+    return tuple(merged)
+
+
 def _rows(matrix: np.ndarray) -> tuple[int, ...]:
     return tuple(sum(1 << int(j) for j in np.flatnonzero(row)) for row in matrix)
 
@@ -260,16 +272,11 @@ def _ranges(pattern: FramePattern) -> tuple[QueryGroup, ...]:
     offsets = pattern.offsets()
     groups: list[QueryGroup] = []
     for i, row in enumerate(pattern.rows):
-        keys: list[tuple[int, int]] = []
-        for j in frames_of(row):
-            if keys and keys[-1][1] == offsets[j]:
-                keys[-1] = (keys[-1][0], offsets[j + 1])
-            else:
-                keys.append((offsets[j], offsets[j + 1]))
-        if groups and groups[-1].keys == tuple(keys):
+        keys = merged_ranges((offsets[j], offsets[j + 1]) for j in frames_of(row))
+        if groups and groups[-1].keys == keys:
             groups[-1] = groups[-1]._replace(stop=offsets[i + 1])
         else:
-            groups.append(QueryGroup(offsets[i], offsets[i + 1], tuple(keys)))
+            groups.append(QueryGroup(offsets[i], offsets[i + 1], keys))
     return tuple(groups)
 
 
