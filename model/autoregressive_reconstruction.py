@@ -19,7 +19,7 @@ from framestream.pipeline.masks import FrameMask, leaking_targets
 from framestream.pipeline.sampling import FAST, SLOW, DenseSampling, FastSlowSampling, Sampling
 
 from .attention import AttentionPlan
-from .clips import PreparedClips, layouts_of, unique_frames
+from .clips import PreparedClips, frames_at, layouts_of, unique_frames
 from .geometry import Grid, PatchPlaces, squarest_grid
 from .mask_choice import choose_mask
 from .pooling import Pool
@@ -147,10 +147,8 @@ class AutoregressiveReconstruction(nn.Module):
         """
         clips = self.prepare(batch)
         self._report_leaks(clips.leaking)
-        tokens, _ = self.predict(clips, hidden_states, hidden_time)
-        predictions = clips.unpack(tokens)
-        at = clips.targets[:, :, None, None].expand_as(clips.embeddings)
-        truth = clips.embeddings.gather(1, at)
+        predictions = clips.unpack(self.predict(clips, hidden_states, hidden_time))
+        truth = frames_at(clips.embeddings, clips.targets)
         error = clips.frame_error(predictions, truth, self.config.loss)
         copied = clips.frame_error(clips.embeddings, truth, self.config.loss)
         loss = torch.where(clips.scored, error, 0).sum() / max(clips.num_scored, 1)
@@ -295,18 +293,13 @@ class AutoregressiveReconstruction(nn.Module):
         )
 
     def predict(
-        self,
-        clips: PreparedClips,
-        hidden_states: Tensor | None = None,
-        hidden_time: Tensor | None = None,
-        *,
-        keep_cache: bool = False,
-    ) -> tuple[Tensor, list[Any]]:
-        """The predictor's parallel pass: `[B, N, D]`, and with `keep_cache` its keys and values, else an empty list."""
+        self, clips: PreparedClips, hidden_states: Tensor | None = None, hidden_time: Tensor | None = None
+    ) -> Tensor:
+        """The predictor's parallel pass: `[B, N, D]`."""
         tokens, own = clips.pack(), None
         if clips.clip is not None and hidden_states is not None:
             hidden_states, hidden_time, own = clips.spread_states(hidden_states, hidden_time)
-        return self.predictor(
+        predicted, _ = self.predictor(
             tokens,
             clips.geometry(),
             self.plan(clips.mask, tokens),
@@ -314,8 +307,9 @@ class AutoregressiveReconstruction(nn.Module):
             hidden_time,
             hidden_allowed=own,
             time_origin=clips.time_origin(),
-            keep_cache=keep_cache,
+            keep_cache=False,
         )
+        return predicted
 
     def plan(self, mask: FrameMask, tokens: Tensor) -> AttentionPlan:
         """The attention that these settings make of a mask."""

@@ -100,17 +100,14 @@ def read_json(path: Path) -> Any:
         raise ValueError("nested too deeply") from err
 
 
-def save_checkpoint(
-    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
-) -> Checkpoint:
-    """Write `folder/step-XXXXXXXX` atomically. `state` must be JSON and contain `step`."""
-    return write_checkpoint(folder, weights_of(module), optimizer_of(optimizer), state)
-
-
 def write_checkpoint(
     folder: Path, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any], state: Mapping[str, Any]
 ) -> Checkpoint:
-    """As `save_checkpoint`, of what `weights_of` and `optimizer_of` gave."""
+    """Write `folder/step-XXXXXXXX` atomically, of what `weights_of` and `optimizer_of` gave.
+
+    Args:
+        state: must be JSON and contain `step`.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -123,6 +123,11 @@ class PreparedClips:
         return torch.stack(rows).to(self.embeddings.device)
 
 
+def frames_at(frames: Tensor, positions: Tensor) -> Tensor:
+    """`[B, F, P, D]` at `[B, n]` -> `[B, n, P, D]`."""
+    return frames.gather(1, positions[:, :, None, None].expand(-1, -1, *frames.shape[2:]))
+
+
 @lru_cache(maxsize=256)
 def _flat_positions(patches: tuple[int, ...], width: int) -> Tensor:
     return torch.cat([torch.arange(count) + frame * width for frame, count in enumerate(patches)])

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from framestream.pipeline.errors import ConfigError
+from framestream.pipeline.sampling import FAST
 
+from .clips import frames_at
 from .losses import patch_error
 
 if TYPE_CHECKING:
     from .autoregressive_reconstruction import AutoregressiveReconstruction, PreparedClips
 
-FAST = 1
 View = Callable[[Tensor], Tensor]
 
 
@@ -42,6 +43,10 @@ class ErrorSum:
 
     def __add__(self, other: ErrorSum) -> ErrorSum:
         return ErrorSum(self.model + other.model, self.copy_last + other.copy_last, self.frames + other.frames)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, with the ratio written out; None where it is NaN."""
+        return {**asdict(self), "ratio": self.ratio if self.ratio == self.ratio else None}
 
     @classmethod
     def over(cls, model: Tensor, copy_last: Tensor) -> ErrorSum:
@@ -70,35 +75,31 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, with the ratios written out."""
-
-        def one(errors: ErrorSum) -> dict[str, Any]:
-            return {**asdict(errors), "ratio": errors.ratio if errors.ratio == errors.ratio else None}
-
         return {
             "clips": self.clips,
-            "teacher_forced": one(self.teacher_forced),
-            "slow": one(self.slow),
-            "rollout": [one(step) for step in self.rollout],
-            "forced_steps": [one(step) for step in self.forced_steps],
+            "teacher_forced": self.teacher_forced.to_json(),
+            "slow": self.slow.to_json(),
+            "rollout": [step.to_json() for step in self.rollout],
+            "forced_steps": [step.to_json() for step in self.forced_steps],
             "leaking_targets": self.leaking_targets,
             "seconds": self.seconds,
         }
 
 
-def _view(module: AutoregressiveReconstruction) -> View:
+def view_of(module: AutoregressiveReconstruction) -> View:
     """Patches as they are measured: pixels where the tower can undo what it did, and nothing was done after it."""
     to_pixels = None if module.config.target_norm else getattr(module.tower.tower, "to_pixels", None)
     return to_pixels or (lambda patches: patches)
 
 
-def _last_fast(clips: PreparedClips, steps: int) -> Tensor:
-    """int64 `[B, steps + 1]`: the last valid fast frames, the last true one of a rollout first; -1 without."""
-    found = torch.full((len(clips.layouts), steps + 1), -1)
-    for row, layout in enumerate(clips.layouts):
-        fast = [i for i in range(layout.num_frames) if layout.valid[i] and layout.stream[i] == FAST]
-        fast.sort(key=layout.frame_index.__getitem__)
-        if len(fast) > steps:
-            found[row] = torch.tensor(fast[-steps - 1 :])
+def last_fast(batch: Mapping[str, Any], count: int) -> Tensor:
+    """int64 `[B, count]`: positions of the newest `count` fast frames in order of time; -1 for clips with fewer."""
+    fast = ((batch["frame_stream"] == FAST) & batch["frame_valid"].bool()).cpu()
+    found = torch.full((len(fast), count), -1)
+    for row, (usable, index) in enumerate(zip(fast, batch["frame_index"].cpu(), strict=True)):
+        places = usable.nonzero()[:, 0]
+        if len(places) >= count:
+            found[row] = places[index[places].argsort(stable=True)][-count:]
     return found
 
 
@@ -109,8 +110,7 @@ def _picked(error: Tensor, at: Tensor) -> Tensor:
 
 def _errors(clips: PreparedClips, predicted: Tensor, view: View, metric: str) -> tuple[Tensor, Tensor]:
     """Teacher-forced errors of the model and of copying, float32 `[B, F]` on the CPU; NaN where nothing is scored."""
-    at = clips.targets[:, :, None, None].expand_as(clips.embeddings)
-    truth = view(clips.embeddings.gather(1, at))
+    truth = view(frames_at(clips.embeddings, clips.targets))
     pair = (clips.frame_error(view(guess), truth, metric) for guess in (predicted, clips.embeddings))
     model, copied = (torch.where(clips.scored, error, torch.nan).float().cpu() for error in pair)
     return model, copied
@@ -118,8 +118,8 @@ def _errors(clips: PreparedClips, predicted: Tensor, view: View, metric: str) ->
 
 def _rollout_errors(clips: PreparedClips, made: Tensor, last: Tensor, view: View, metric: str) -> tuple[Tensor, Tensor]:
     """Errors of generated frames and of repeating the last true one, float32 `[B, steps]`; NaN without a rollout."""
-    at = last.clamp(min=0).to(clips.embeddings.device)[:, :, None, None].expand(-1, -1, *clips.embeddings.shape[2:])
-    frames = view(clips.embeddings.gather(1, at)[:, :, : made.shape[2]])  # [B, steps + 1, P, D]
+    at = last.clamp(min=0).to(clips.embeddings.device)
+    frames = view(frames_at(clips.embeddings, at)[:, :, : made.shape[2]])  # [B, steps + 1, P, D]
     pair = (patch_error(guess, frames[:, 1:], metric).mean(-1) for guess in (view(made), frames[:, :1]))
     known = last[:, 1:] >= 0
     model, copied = (torch.where(known, error.cpu(), torch.nan) for error in pair)
@@ -162,7 +162,7 @@ def evaluate(
     # A run that trains on leaking targets is still not measured on them.
     on_leak = "exclude" if config.on_leak == "allow" else config.on_leak
     module.config = replace(config, on_leak=on_leak)
-    metric, view = loss or config.loss, _view(module)
+    metric, view = loss or config.loss, view_of(module)
     clips = leaking = 0
     forced = slow = ErrorSum()
     forced_steps = [ErrorSum()] * rollout_steps
@@ -179,7 +179,7 @@ def evaluate(
             rows = batch.get("meta") or [{}] * len(frames.layouts)
             real = torch.tensor([not meta.get("padding") for meta in rows])
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                tokens = module.predict(frames)[0]
+                tokens = module.predict(frames)
                 made = generate(module, frames, rollout_steps).predictions if rollout_steps else None
             error, copied = _errors(frames, frames.unpack(tokens.float()), view, metric)
             error[~real] = torch.nan
@@ -187,7 +187,7 @@ def evaluate(
             forced += ErrorSum.over(error[fast], copied[fast])
             slow += ErrorSum.over(error[~fast], copied[~fast])
             if made is not None:
-                last = _last_fast(frames, rollout_steps)
+                last = last_fast(batch, rollout_steps + 1)  # the last true one of the rollout first
                 step_error, step_copied = _rollout_errors(frames, made.float(), last, view, metric)
                 step_error[~real] = torch.nan
                 for s in range(rollout_steps):

@@ -12,13 +12,13 @@ from torch import Tensor
 from framestream.pipeline.masks import FrameMask
 from framestream.pipeline.sampling import FAST
 
+from .clips import PreparedClips, frames_at
 from .continuation import Continuation
 from .geometry import Geometry
 from .kv_cache import KVCache
 
 if TYPE_CHECKING:
     from .autoregressive_reconstruction import AutoregressiveReconstruction
-    from .clips import PreparedClips
 
 
 class FrameStream:
@@ -90,8 +90,3 @@ class FrameStream:
         )
         self.steps += 1
         return self.frame
-
-
-def frames_at(frames: Tensor, positions: Tensor) -> Tensor:
-    """`[B, F, P, D]` at `[B, n]` -> `[B, n, P, D]`."""
-    return frames.gather(1, positions[:, :, None, None].expand(-1, -1, *frames.shape[2:]))

@@ -17,8 +17,7 @@ from framestream.pipeline.masks import FrameMask
 from .continuation import Continuation, beyond_clip, fast_frames
 from .frame_stream import FrameStream
 from .kv_cache import KVCache
-from .mask_choice import history_mask
-from .reconstruction_config import ReconstructionConfig
+from .mask_choice import limited
 from .rollout import check_states, hide_later
 
 if TYPE_CHECKING:
@@ -144,7 +143,7 @@ def generate_frames(
     step = _frame_step(clips, frame_step)
 
     def rule(layout: FrameLayout) -> FrameMask:
-        return _make_mask(config, layout)
+        return limited(config, config.make_mask(layout), layout)
 
     made: dict[tuple[FrameLayout, FrameMask], Continuation] = {}
     for i, layout in enumerate(clips.layouts):
@@ -158,11 +157,6 @@ def generate_frames(
             made[layout, given] = beyond_clip(layout, rule, steps)
     ways = [made[layout, clips.mask[i]] for i, layout in enumerate(clips.layouts)]
     return FrameGenerator(module, clips, ways, step, steps, hidden_states, hidden_time)
-
-
-def _make_mask(config: ReconstructionConfig, layout: FrameLayout) -> FrameMask:
-    mask = config.make_mask(layout)
-    return mask if config.num_hist is None else mask & history_mask(layout, config.num_hist)
 
 
 def _frame_step(clips: PreparedClips, given: float | None) -> Tensor:

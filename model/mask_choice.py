@@ -28,9 +28,12 @@ def choose_mask(config: ReconstructionConfig, given: FrameMask | None, layouts: 
         explicit = config.mask is not None or not config.use_frame_causal_mask
         for mask, layout in zip(masks, layouts, strict=True):
             check_batch_mask(mask, own_mask(config, layout) if explicit else None, layout)
-    if config.num_hist is not None:
-        masks = [mask & history_mask(layout, config.num_hist) for mask, layout in zip(masks, layouts, strict=True)]
-    return FrameMask.stack(masks)
+    return FrameMask.stack([limited(config, mask, layout) for mask, layout in zip(masks, layouts, strict=True)])
+
+
+def limited(config: ReconstructionConfig, mask: FrameMask, layout: FrameLayout) -> FrameMask:
+    """A clip's mask within `num_hist`."""
+    return mask if config.num_hist is None else mask & history_mask(layout, config.num_hist)
 
 
 @lru_cache(maxsize=1024)

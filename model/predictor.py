@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -156,13 +155,15 @@ class FramePredictor(nn.Module):
         grown: list[LayerCache] = []
         for i, block in enumerate(self.blocks):
             past = None if cache is None else cache[i]
-            run = block if keep_cache else _without_cache(block)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, kept = checkpoint(run, x, rotary, plan, context, geometry.patches, past, places, use_reentrant=False)
+                x, kept = checkpoint(
+                    block, x, rotary, plan, context, geometry.patches, past, places, use_reentrant=False
+                )
             else:
-                x, kept = run(x, rotary, plan, context, geometry.patches, past, places)
-            if kept is not None:
+                x, kept = block(x, rotary, plan, context, geometry.patches, past, places)
+            if keep_cache:
                 grown.append(kept)
+            del kept  # before the next block is at work
         x = x + geometry.spread(self.step_embedding(geometry.step)).to(x.dtype)
         x = self.norm(x)
         return tokens + self.fade(x) * tokens + self.appear(x), grown
@@ -271,10 +272,6 @@ class Block(nn.Module):
     @staticmethod
     def _merge(x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(2)  # [B, H, N, Dh] -> [B, N, W]
-
-
-def _without_cache(block: nn.Module) -> Callable[..., tuple[Tensor, None]]:
-    return lambda *args: (block(*args)[0], None)
 
 
 def _remember(past: Tensor, new: Tensor, places: tuple[Place, ...] | None) -> Tensor:

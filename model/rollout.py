@@ -12,8 +12,9 @@ from torch import Tensor
 from framestream.pipeline.errors import ConfigError
 from framestream.pipeline.sampling import FAST
 
+from .clips import frames_at
 from .continuation import within_clip
-from .frame_stream import FrameStream, frames_at
+from .frame_stream import FrameStream
 from .losses import patch_error
 
 if TYPE_CHECKING:

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from framestream.model.autoregressive_reconstruction import AutoregressiveReconstruction, PreparedClips
-from framestream.model.evaluate import ErrorSum, move_batch
+from framestream.model.clips import frames_at
+from framestream.model.evaluate import ErrorSum, last_fast, move_batch, view_of
 from framestream.model.losses import patch_error
 from framestream.model.rollout import generate
 from framestream.pipeline.errors import ConfigError
 from framestream.pipeline.layout import FrameLayout
 from framestream.pipeline.masks import leaking_targets
-from framestream.pipeline.sampling import FAST
 
 
 @dataclass
@@ -50,14 +50,10 @@ class Score:
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, with the ratios written out."""
-
-        def one(errors: ErrorSum) -> dict[str, Any]:
-            return {**asdict(errors), "ratio": errors.ratio if errors.ratio == errors.ratio else None}
-
         return {
-            "teacher_forced": one(self.teacher_forced),
-            "forced_steps": [one(step) for step in self.forced_steps],
-            "rollout": [one(step) for step in self.rollout],
+            "teacher_forced": self.teacher_forced.to_json(),
+            "forced_steps": [step.to_json() for step in self.forced_steps],
+            "rollout": [step.to_json() for step in self.rollout],
             "clips": self.clips,
             "targets": self.targets,
             "leaking": self.leaking,
@@ -69,17 +65,6 @@ class Score:
 def valid_tokens(layout: FrameLayout) -> int:
     """Tokens of the frames that are there; those of padding only keep the shape static."""
     return sum(patches for patches, valid in zip(layout.patches, layout.valid, strict=True) if valid)
-
-
-def last_fast(batch: Mapping[str, Any], count: int) -> Tensor:
-    """int64 `[B, count]`: positions of the newest `count` fast frames in order of time; -1 for clips with fewer."""
-    fast = (batch["frame_stream"] == FAST) & batch["frame_valid"].bool()
-    found = torch.full((len(fast), count), -1)
-    for row, (usable, index) in enumerate(zip(fast, batch["frame_index"], strict=True)):
-        places = usable.nonzero()[:, 0]
-        if len(places) >= count:
-            found[row] = places[index[places].argsort(stable=True)][-count:]
-    return found
 
 
 @torch.no_grad()
@@ -108,8 +93,7 @@ def score(
     """
     was_training, config = module.training, module.config
     device = next(module.parameters()).device
-    to_pixels = None if config.target_norm else getattr(module.tower.tower, "to_pixels", None)
-    metric = loss or config.loss
+    metric, view = loss or config.loss, view_of(module)
     digest, leaking = hashlib.sha256(), 0
     tokens: list[int] = []  # of each clip
     forced = [ErrorSum()] * (frames - 1)
@@ -131,13 +115,13 @@ def score(
             for row in kept:
                 digest.update(f"{batch['keys'][row]} {batch['frame_index'][row][at[row]].tolist()}\n".encode())
             prepared = module.prepare(move_batch(batch, device))
-            predicted = prepared.unpack(module.predict(prepared)[0].float())
+            predicted = prepared.unpack(module.predict(prepared).float())
             free = generate(module, prepared, rollout_steps).predictions.float()
             patches = free.shape[2]  # of a fast frame
             place = at.clamp(min=0).to(device)
-            true, guess = (_at(values, place)[:, :, :patches] for values in (prepared.embeddings, predicted))
-            if to_pixels is not None:
-                true, guess, free = to_pixels(true), to_pixels(guess), to_pixels(free)
+            pair = (frames_at(values, place)[:, :, :patches] for values in (prepared.embeddings, predicted))
+            true, guess = map(view, pair)
+            free = view(free)
             model, copied = (_errors(values[:, :-1], true[:, 1:], metric, kept) for values in (guess, true))
             free_model = _errors(free, true[:, frames - rollout_steps :], metric, kept)
             start = true[:, frames - rollout_steps - 1, None].expand_as(free)
@@ -156,11 +140,6 @@ def score(
     steps = forced[len(forced) - rollout_steps :]
     mean = sum(tokens) / len(tokens)
     return Score(sum(forced, ErrorSum()), steps, made, len(tokens), digest.hexdigest()[:16], leaking, mean, min(tokens))
-
-
-def _at(frames: Tensor, place: Tensor) -> Tensor:
-    """`[B, F, P, D]` at `[B, n]` -> `[B, n, P, D]`."""
-    return frames.gather(1, place[:, :, None, None].expand(-1, -1, *frames.shape[2:]))
 
 
 def _errors(guess: Tensor, true: Tensor, metric: str, kept: list[int]) -> Tensor:

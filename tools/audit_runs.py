@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from framestream.model.clips import PreparedClips
+from framestream.model.clips import PreparedClips, frames_at
 from framestream.model.evaluate import move_batch
 from framestream.pipeline.layout import next_frame_targets
 
@@ -107,8 +107,7 @@ class Runs:
         states = self.states.clone()
         if pushed is not None:
             states[:, pushed] += self._random(*states[:, pushed].shape)
-        tokens, _ = self.module.predict(self.clips, states, self.state_times.to(self.device))
-        return self.clips.unpack(tokens)
+        return self.clips.unpack(self.module.predict(self.clips, states, self.state_times.to(self.device)))
 
     @torch.enable_grad()
     def derivatives(self, clip: int) -> tuple[Tensor, Tensor]:
@@ -127,9 +126,8 @@ class Runs:
             shown = copies.embeddings.detach().clone().requires_grad_()
             read = self.states[same].clone().requires_grad_()
             copies = replace(copies, embeddings=shown)
-            tokens, _ = self.module.predict(copies, read, times[same])
-            predictions = copies.unpack(tokens)
-            truth = shown.detach().gather(1, copies.targets[:, :, None, None].expand_as(shown))
+            predictions = copies.unpack(self.module.predict(copies, read, times[same]))
+            truth = frames_at(shown.detach(), copies.targets)
             error = copies.frame_error(predictions, truth, self.module.config.loss)
             carried = [
                 error[k, i]
