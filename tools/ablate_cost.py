@@ -12,6 +12,7 @@ from framestream.model.autoregressive_reconstruction import AutoregressiveRecons
 from framestream.model.evaluate import move_batch
 
 from .bench_rows import interleaved
+from .peak_memory import peak_bytes
 
 
 def step_costs(
@@ -32,7 +33,7 @@ def step_costs(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "[0-9]+ targets of this batch")
         ms = interleaved(runs, repeats, device.type)
-        memory = {name: _peak_bytes(modules[name][0], run, device) for name, run in runs.items()}
+        memory = {name: peak_bytes(run, device.type) for name, run in runs.items()}
     return {name: {"ms": ms[name], "mb": memory[name] / 1e6} for name in runs}
 
 
@@ -43,21 +44,3 @@ def _step(module: AutoregressiveReconstruction, batch: Mapping[str, Any]) -> Cal
         module(batch).loss.backward()
 
     return run
-
-
-def _peak_bytes(module: AutoregressiveReconstruction, run: Callable[[], None], device: torch.device) -> int:
-    """Largest sum of living tensors in a step, without what was there before it."""
-    for parameter in module.parameters():
-        parameter.grad = None
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    from torch.distributed._tools.mem_tracker import MemTracker
-
-    tracker = MemTracker()  # follows storages by every operation: resident memory says nothing at this size
-    with tracker:
-        run()
-    return max(int(found["Total"]) for found in tracker.get_tracker_snapshot("peak").values())
