@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +68,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         elif was != now:
             found.append(f"{name} was {was!r}, is {now!r}")
     return found
+
+
+def without(config: Mapping[str, Any], names: Collection[str], prefix: str = "") -> dict[str, Any]:
+    """A nested configuration but for the settings of these dotted names."""
+    return {
+        key: without(value, names, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if f"{prefix}{key}" not in names
+    }

@@ -29,7 +29,7 @@ from framestream.pipeline.errors import ConfigError, FramestreamError
 from . import checkpoint as ckpt
 from .compiled_masks import MaskWatch
 from .evaluate import Evaluation, evaluate, gather_evaluation, move_batch
-from .metrics import METRICS_FILE, MetricsLog, differences, read_metrics
+from .metrics import METRICS_FILE, MetricsLog, differences, read_metrics, without
 from .parallel import compile_blocks, eager, is_sharded, parallel, sync_gradients, whole, whole_weights
 from .ranks import Ranks, any_rank, mean_over_ranks, pick_device
 from .train_settings import TrainSettings
@@ -185,7 +185,7 @@ def train(
     newest = ckpt.latest_checkpoint(folder)
     step = 0
     if newest is not None:
-        if changed := differences(_without(newest.state["config"], ignored), plain_config):
+        if changed := differences(without(newest.state["config"], ignored), plain_config):
             raise ConfigError(
                 f"{output} holds a run with another configuration ({'; '.join(changed)}): "
                 "choose another output folder, or restore the setting to resume."
@@ -324,14 +324,6 @@ def train(
             metrics.close()
     seconds = time.perf_counter() - started
     return TrainResult(step, finished, resumed_from, evaluation, samples, seconds, clock.seconds)
-
-
-def _without(config: Mapping[str, Any], names: Collection[str], prefix: str = "") -> dict[str, Any]:
-    return {
-        key: _without(value, names, f"{prefix}{key}.") if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if f"{prefix}{key}" not in names
-    }
 
 
 _LOGGED = ("read_ms", "decode_ms", "rejects", "worker_restarts", "cache_hits", "cache_misses")

@@ -11,7 +11,7 @@ import yaml
 import framestream.configs
 from framestream.pipeline.errors import ConfigError
 from framestream.pipeline.sampling import make_sampling, sampling_for_length
-from framestream.tools.config import TrainConfig, find_config, load_config
+from framestream.tools.config import NO_PART_OF_THE_RESULT, TrainConfig, find_config, leaves, load_config
 from framestream.tools.train import build, main
 
 from synthetic_shards import make_shards
@@ -210,3 +210,8 @@ def test_defaults_are_a_config_and_plain_values() -> None:
     plain = TrainConfig().to_json()
     assert yaml.safe_load(yaml.safe_dump(plain)) == plain
     assert find_config("demo") == FOLDER / "demo.yaml"
+
+
+def test_settings_that_a_run_may_change_are_settings() -> None:
+    known = {name for name, _ in leaves(TrainConfig().to_json())}
+    assert set(NO_PART_OF_THE_RESULT) <= known

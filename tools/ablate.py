@@ -12,10 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-from framestream.model.autoregressive_reconstruction import (
-    AutoregressiveReconstruction,
-)
-from framestream.model.checkpoint import write_json
+from framestream.model.autoregressive_reconstruction import AutoregressiveReconstruction
+from framestream.model.checkpoint import read_json, write_json
 from framestream.model.metrics import differences
 from framestream.model.ranks import pick_device
 from framestream.model.trainer import Progress
@@ -33,7 +31,7 @@ from .audit_batch import find_subject
 from .config import TrainConfig
 from .console import console, progress_bar
 from .synthetic_sets import SIDE, SyntheticLoader
-from .train import STOPPED, build_loaders, build_module, build_tower, patches_of
+from .train import STOPPED, build_loaders, build_module, build_tower
 
 SETTINGS_FILE, SCORE_FILE, COST_FILE, RUNS = "settings.json", "score.json", "cost.json", "runs"
 HELD_OUT_BATCHES, HELD_OUT_CLIPS = 4, 32  # of a synthetic set
@@ -171,10 +169,10 @@ def _check(experiment: Experiment, rows: Iterable[str]) -> None:
     """Refuse rows that could not be compared before anything is written or trained."""
     counted: dict[str, list[int]] = {}
     for row in rows:
-        config, module = _seeded(experiment, ROWS[row], 0)
+        config, _, patches = _seeded(experiment, ROWS[row], 0)
         if experiment.data != "clips":
             check_drawn(experiment.data, ROWS[row], make_sampling(config.sampling()))
-        patches, both = patches_of(config, module.tower.tower), _loaders(experiment, config, module)
+        both = _loaders(experiment, config, patches)
         try:
             counted[row] = [count for loader in both for count in tokens_of_batch(next(iter(loader)), patches)]
         finally:
@@ -205,13 +203,15 @@ def _claim(experiment: Experiment) -> None:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as err:
         raise FramestreamError(f"{path} cannot be read ({err}): remove it to make it again.") from err
 
 
-def _seeded(experiment: Experiment, row: Row, seed: int) -> tuple[TrainConfig, AutoregressiveReconstruction]:
-    """Config and fresh module of one run; equal seeds give equal weights in every row."""
+def _seeded(
+    experiment: Experiment, row: Row, seed: int
+) -> tuple[TrainConfig, AutoregressiveReconstruction, int | tuple[int, int]]:
+    """Config, fresh module and patches per frame of one run; equal seeds give equal weights in every row."""
     base = experiment.config
     base = replace(
         base,
@@ -221,14 +221,11 @@ def _seeded(experiment: Experiment, row: Row, seed: int) -> tuple[TrainConfig, A
     torch.manual_seed(base.train.seed)
     tower = build_tower(base)
     config = row_config(base, row, tower)
-    return config, build_module(config, tower)[0]
+    return config, *build_module(config, tower)
 
 
-def _loaders(
-    experiment: Experiment, config: TrainConfig, module: AutoregressiveReconstruction
-) -> tuple[Loader, Loader]:
+def _loaders(experiment: Experiment, config: TrainConfig, patches: int | tuple[int, int]) -> tuple[Loader, Loader]:
     """To train on, and to score on; the held-out clips are the same for every row and seed."""
-    patches = patches_of(config, module.tower.tower)
     if experiment.data == "clips":
         loader, held_out = build_loaders(config, patches, pick_device(config.train.device), log_rejects=False)
         assert held_out is not None
@@ -249,8 +246,8 @@ def _one_run(experiment: Experiment, row: str, seed: int, label: str) -> bool:
     folder = experiment.run_folder(row, seed)
     if (folder / SCORE_FILE).is_file():
         return True
-    config, module = _seeded(experiment, ROWS[row], seed)
-    loader, held_out = _loaders(experiment, config, module)
+    config, module, patches = _seeded(experiment, ROWS[row], seed)
+    loader, held_out = _loaders(experiment, config, patches)
     try:
         with progress_bar(label, config.train.steps) as advance:
 
@@ -304,8 +301,8 @@ def _costs(experiment: Experiment, rows: list[str]) -> dict[str, dict[str, float
     modules: dict[str, tuple[AutoregressiveReconstruction, Mapping[str, Any]]] = {}
     device = pick_device(experiment.config.train.device)
     for row in rows:
-        config, module = _seeded(experiment, ROWS[row], 0)
-        loader, held_out = _loaders(experiment, config, module)
+        config, module, patches = _seeded(experiment, ROWS[row], 0)
+        loader, held_out = _loaders(experiment, config, patches)
         try:
             modules[row] = (module, next(iter(loader)))
         finally:

@@ -15,6 +15,7 @@ from framestream.pipeline.atomic import atomic_write
 
 from . import figures
 from .ablate_rows import Row
+from .bench_picture import blank_figure
 from .config import leaves
 from .pages import page_environment
 from .results import versions
@@ -197,11 +198,7 @@ def draw(axes: Axes, results: Mapping[str, Any], colours: Mapping[str, str]) -> 
 
 def write_picture(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     """The results of one set, or of several beside each other, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2 * len(results), 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank_figure(7.2 * len(results), 3.8)
     grid = figure.subplots(1, len(results), squeeze=False)[0]
     for axes, one in zip(grid, results, strict=True):
         draw(axes, one, _PRINT)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from framestream.model.attention import frame_attention
 from framestream.pipeline.layout import FrameLayout
-from framestream.pipeline.masks import RULES, FrameMask, make_mask
+from framestream.pipeline.masks import RULES, make_mask
 from framestream.pipeline.sampling import DenseSampling, FastSlowSampling
 
 from .bench_rows import Row, computed
@@ -44,8 +44,7 @@ def attention(tokens: int, repeats: int, device: str) -> list[Row]:
     for rule in RULES:
         options = {"window_size": WINDOW} if rule == "sliding_window" else {}
         mask = make_mask(rule, dense if rule in ("frame_causal", "sliding_window") else merged, **options)
-        backends = ["dense", "ranges", *(["flex"] if device == "cuda" else [])]
-        runs = {name: partial(step, partial(_attend, mask=mask, backend=name)) for name in backends}
+        runs = {name: partial(step, partial(frame_attention, mask=mask, backend=name)) for name in backends_on(device)}
         memory = {name: peak_bytes(run, device) for name, run in runs.items()}
         row = computed(f"{rule}, N={shape[2]}", {"unmasked": unmasked, **runs}, repeats, device)
         row.facts = {
@@ -59,5 +58,6 @@ def attention(tokens: int, repeats: int, device: str) -> list[Row]:
     return rows
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, *, mask: FrameMask, backend: str) -> Tensor:
-    return frame_attention(q, k, v, mask, backend)
+def backends_on(device: str) -> list[str]:
+    """Attention backends that can train there."""
+    return ["dense", "ranges", *(["flex"] if device == "cuda" else [])]

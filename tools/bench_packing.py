@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -12,7 +13,9 @@ from framestream.pipeline.collate import ClipCollator
 from framestream.pipeline.masks import FrameMask
 from framestream.pipeline.sampling import DenseSampling
 
+from .bench_attention import backends_on
 from .bench_rows import Row, interleaved
+from .drawn_batch import drawn_clip
 
 #: Frames of the clips that are packed; the longest has `tokens`.
 CLIP_FRAMES = (16, 12, 8, 5)
@@ -29,7 +32,7 @@ def packing(tokens: int, repeats: int, device: str) -> list[Row]:
         mask, time, stream = (batch[key].to(device) for key in ("frame_mask", "frame_time", "frame_stream"))
         geometry = Geometry.build([(patches,) * time.shape[1]] * len(time), time, stream, torch.zeros_like(time))
         x = torch.randn(len(time), mask.num_tokens, 256, device=device)
-        for backend in _backends(device):
+        for backend in backends_on(device):
             runs[f"{name} {backend}"] = lambda x=x, g=geometry, m=mask, b=backend: _forward(predictor, x, g, m, b)  # type: ignore[misc]
     ms = interleaved(runs, repeats, device)
     ours = "flex" if device == "cuda" else "ranges"
@@ -41,16 +44,9 @@ def packing(tokens: int, repeats: int, device: str) -> list[Row]:
     return [Row(f"clips of {', '.join(map(str, CLIP_FRAMES))} frames, longest N={tokens}", ms, facts)]
 
 
-def _clip(frames: int) -> dict[str, object]:
+def _clip(frames: int) -> dict[str, Any]:
     plan = DenseSampling(CLIP_FRAMES[0]).plan(frames)
-    return {
-        "frames": torch.zeros(plan.num_frames, 3, 1, 1, dtype=torch.uint8),
-        "frame_index": torch.from_numpy(plan.frame_index),
-        "frame_time": torch.from_numpy(plan.frame_index / 30).float(),
-        "frame_stream": torch.from_numpy(plan.stream),
-        "frame_valid": torch.from_numpy(plan.valid),
-        **{"key": str(frames), "text": "", "meta": {}},
-    }
+    return drawn_clip(torch.zeros(plan.num_frames, 3, 1, 1, dtype=torch.uint8), plan, fps=30)
 
 
 @torch.no_grad()
@@ -58,7 +54,3 @@ def _forward(predictor: FramePredictor, x: torch.Tensor, geometry: Geometry, mas
     predictor.attention_backend = backend
     with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
         predictor(x, geometry, mask)
-
-
-def _backends(device: str) -> list[str]:
-    return ["dense", "ranges", *(["flex"] if device == "cuda" else [])]

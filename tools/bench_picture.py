@@ -20,7 +20,7 @@ def draw_bars(rows: Sequence[Row], path: Path, *, log: bool) -> None:
     """Milliseconds of few candidates as bars, a group per row."""
     candidates = list(rows[0].ms)
     height = 0.8 / len(candidates)
-    figure = _figure(8, 1 + 0.3 * len(rows) * len(candidates))
+    figure = blank_figure(8, 1 + 0.3 * len(rows) * len(candidates))
     axes = figure.add_subplot()
     for k, candidate in enumerate(candidates):
         places = [row + k * height for row in range(len(rows))]
@@ -42,7 +42,7 @@ def draw_against(rows: Sequence[Row], candidates: Sequence[str], base: str, titl
     scale; hollow marks are wrong frames. Rows without `base` are left out. The first candidate's figures are written
     at the edge."""
     rows = [row for row in rows if base in row.ms]
-    figure = _figure(10, 2.0 + 0.42 * max(1, len(rows)))
+    figure = blank_figure(10, 2.0 + 0.42 * max(1, len(rows)))
     axes = figure.add_subplot()
     there = [name for name in candidates if name != base and any(name in row.ms for row in rows)]
     for y, row in enumerate(rows):
@@ -77,7 +77,7 @@ def draw_against(rows: Sequence[Row], candidates: Sequence[str], base: str, titl
 def draw_rates(rates: Rates, labels: Mapping[str, Mapping[str, str]], title: str, path: Path) -> None:
     """Clips per second as bars on a logarithmic scale: a panel per set, a group of bars per candidate, in it a bar per
     number of workers, paler for fewer. `labels` stand behind the bars: panel -> candidate -> text."""
-    figure = _figure(10, 1.3 + sum(0.5 + 0.42 * len(panel) for panel in rates.values()))
+    figure = blank_figure(10, 1.3 + sum(0.5 + 0.42 * len(panel) for panel in rates.values()))
     every = [rate for panel in rates.values() for group in panel.values() for rate in group.values()]
     heights = [len(panel) for panel in rates.values()]
     plots = figure.subplots(len(rates), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights})[:, 0]
@@ -106,7 +106,8 @@ def draw_rates(rates: Rates, labels: Mapping[str, Mapping[str, str]], title: str
     figure.savefig(path, dpi=144)
 
 
-def _figure(width: float, height: float) -> Any:
+def blank_figure(width: float, height: float) -> Any:
+    """A figure of so many inches that belongs to no window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -38,16 +38,8 @@ class Row:
 
 
 def interleaved(candidates: Mapping[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
-    """Median milliseconds of each candidate; one warm-up round, then `repeats` rounds in turn."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(repeats + 1):
-        for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(measured[1:]) for name, measured in times.items()}
+    """Median wall-clock milliseconds of each candidate; one warm-up round, then `repeats` rounds in turn."""
+    return _in_turn("", candidates, repeats, device, time.perf_counter).ms
 
 
 def computed(case: str, candidates: Mapping[str, Callable[[], object]], repeats: int, device: str) -> Row:
@@ -56,7 +48,16 @@ def computed(case: str, candidates: Mapping[str, Callable[[], object]], repeats:
     On one CPU thread processor time counts, to which other work on the machine adds little; else wall-clock time.
     """
     clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    return _in_turn(case, candidates, repeats, device, clock)
 
+
+def _in_turn(
+    case: str,
+    candidates: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: str,
+    clock: Callable[[], float],
+) -> Row:
     def milliseconds(run: Callable[[], object]) -> float:
         start = clock()
         run()

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from framestream.model.autoregressive_reconstruction import create_autoregressive_reconstruction_module
 from framestream.model.towers import PixelTower
-from framestream.pipeline.layout import FrameLayout
-from framestream.pipeline.masks import make_mask
 from framestream.pipeline.sampling import DenseSampling
 
 from .bench_rows import Row, computed
+from .drawn_batch import drawn_batch
 from .peak_memory import peak_bytes
 from .scaling import StepSize
 
@@ -48,18 +46,9 @@ def training_step(size: StepSize, device: str = "cpu", attention: str = "auto") 
     }
     tower = PixelTower(side * patch, patch)
     module = create_autoregressive_reconstruction_module(tower, size.context_dim, config).to(device)
-    layout = FrameLayout.from_plan(DenseSampling(size.frames).plan(size.frames), patches=size.patches)
-    shape = (size.clips, size.frames)
-    index = torch.arange(size.frames).expand(shape)
-    batch: dict[str, Any] = {
-        "video_frames": torch.randint(0, 256, (*shape, 3, side * patch, side * patch), dtype=torch.uint8),
-        "frame_index": index,
-        "frame_time": index / 30,
-        "frame_stream": torch.ones_like(index),
-        "frame_valid": torch.ones_like(index, dtype=torch.bool),
-    }
-    batch = {name: value.to(device) for name, value in batch.items()}
-    batch["frame_mask"] = make_mask("frame_causal", layout)
+    shape = (size.clips, size.frames, 3, side * patch, side * patch)
+    video = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
+    batch = drawn_batch(video, DenseSampling(size.frames).plan(size.frames), "frame_causal", size.patches, fps=30)
     states = torch.randn(size.clips, size.states, size.context_dim, device=device) if size.states else None
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-4)
 

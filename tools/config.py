@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from framestream.model.metrics import without
 from framestream.model.reconstruction_config import ReconstructionConfig
 from framestream.model.trainer import TrainSettings
 from framestream.pipeline.cache import DEFAULT_CACHE_BYTES
@@ -182,11 +183,7 @@ class TrainConfig:
 
     def identity(self) -> dict[str, Any]:
         """What decides the numbers of a run: everything but where it is written and how fast it goes."""
-        plain = self.to_json()
-        for name in NO_PART_OF_THE_RESULT:
-            section, _, key = name.rpartition(".")
-            (plain[section] if section else plain).pop(key)
-        return plain
+        return without(self.to_json(), NO_PART_OF_THE_RESULT)
 
 
 #: Places, speeds and intervals: a run may be resumed with other values of these. The loader's own state refuses other

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
@@ -22,6 +21,9 @@ from framestream.pipeline.layout import FrameLayout, next_frame_targets
 from framestream.pipeline.mask_plot import STREAM_COLOURS, draw_matrix
 from framestream.pipeline.masks import RULES, frame_causal, leaking_targets
 from framestream.pipeline.sampling import FAST, SLOW, DenseSampling, FastSlowSampling, Sampling, SamplingPlan
+
+from .bench_picture import blank_figure
+from .drawn_batch import drawn_clip
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,7 +94,7 @@ def draw_sampling() -> Figure:
         ("end=40: the current moment\nlies before the end", FastSlowSampling(), 64, 40),
         ("a clip of 5 frames\n3 of 8 places only pad", FastSlowSampling(), 5, None),
     ]
-    figure = _figure(9.6, 6.2)
+    figure = blank_figure(9.6, 6.2)
     axes = figure.add_subplot()
     for y, (_, sampling, length, end) in enumerate(rows):
         snap = isinstance(sampling, FastSlowSampling) and sampling.slow_snap is not None
@@ -137,7 +139,7 @@ def draw_tokens() -> Figure:
         ("frame_causal: the patches of a frame\nsee each other and all earlier frames", frame_causal(layout).dense()),
         ("token order: a patch does not see\nthe patches beside it", torch.ones(size, size).tril().bool()),
     )
-    figure = _figure(8.0, 4.4)
+    figure = blank_figure(8.0, 4.4)
     for axes, (title, mask) in zip(figure.subplots(1, 2), masks, strict=True):
         draw_matrix(axes, mask.numpy())
         axes.set_title(title, fontsize=10, color=_INK)
@@ -154,7 +156,7 @@ def draw_masks() -> Figure:
     """Every rule on one fast-slow sequence, and which targets it lets their query see."""
     layout = FrameLayout.from_plan(FastSlowSampling(num_fast=5, num_slow=4).plan(12), patches=1)
     targets = next_frame_targets(layout)
-    figure = _figure(9.6, 7.9)
+    figure = blank_figure(9.6, 7.9)
     names = [f"{'sf'[s]}{i}" for s, i in zip(layout.stream, layout.frame_index, strict=True)]
     for axes, (name, rule) in zip(figure.subplots(2, 3).flat, RULES.items(), strict=True):
         mask = rule(layout)
@@ -237,7 +239,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
 }
 
 
-def _made_up_clip(plan: SamplingPlan, fps: float, size: int) -> dict[str, object]:
+def _made_up_clip(plan: SamplingPlan, fps: float, size: int) -> dict[str, Any]:
     """What `ClipTransform` would give of a film in which a ball rises and falls."""
     y, x = np.mgrid[0:size, 0:size] / size
     frames = []
@@ -246,27 +248,12 @@ def _made_up_clip(plan: SamplingPlan, fps: float, size: int) -> dict[str, object
         ball = (x - 0.1 - 0.8 * place) ** 2 + (y - 0.2 - 2.2 * (place - 0.5) ** 2) ** 2 < 0.012
         sky = np.stack([150 + 60 * y, 185 + 40 * y, 225 - 20 * y], axis=-1)
         frames.append(np.where(ball[..., None], (214, 69, 44), sky).astype(np.uint8).transpose(2, 0, 1))
-    return {
-        "frames": torch.from_numpy(np.stack(frames)),
-        "frame_index": torch.from_numpy(plan.frame_index),
-        "frame_time": torch.from_numpy(plan.frame_index / fps).float(),
-        "frame_stream": torch.from_numpy(plan.stream),
-        "frame_valid": torch.from_numpy(plan.valid),
-        "key": "ball",
-        "text": "",
-        "meta": {},
-    }
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return drawn_clip(torch.from_numpy(np.stack(frames)), plan, fps)
 
 
 def _plain(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure with axes that show nothing of themselves."""
-    figure = _figure(width, height)
+    figure = blank_figure(width, height)
     axes = figure.add_subplot()
     axes.set_axis_off()
     return figure, axes

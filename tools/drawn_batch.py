@@ -1,4 +1,4 @@
-"""A loader's batch from clips that are drawn, not decoded."""
+"""Clips and batches in the form that the loader has, of frames that are drawn and not decoded."""
 
 from __future__ import annotations
 
@@ -34,4 +34,18 @@ def drawn_batch(
         "frame_stream": torch.from_numpy(plan.stream).to(device).expand(clips, -1),
         "frame_valid": torch.from_numpy(plan.valid).to(device).expand(clips, -1),
         "frame_mask": FrameMask.stack([mask] * clips),
+    }
+
+
+def drawn_clip(frames: Tensor, plan: SamplingPlan, fps: float, key: str = "drawn") -> dict[str, Any]:
+    """What `ClipTransform` would give of a clip, for a collator; `frames` are those of the plan, `[F, 3, H, W]`."""
+    return {
+        "frames": frames,
+        "frame_index": torch.from_numpy(plan.frame_index),
+        "frame_time": torch.from_numpy(plan.frame_index / fps).float(),
+        "frame_stream": torch.from_numpy(plan.stream),
+        "frame_valid": torch.from_numpy(plan.valid),
+        "key": key,
+        "text": "",
+        "meta": {},
     }

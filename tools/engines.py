@@ -103,17 +103,17 @@ class LocalEngine:
         try:
             yield pool
         except BaseException:  # tasks may be left in it
-            pool.__exit__()
+            pool.close()
             raise
         if self.keep:
             self._kept = pool
         else:
-            pool.__exit__()
+            pool.close()
 
     def close(self) -> None:
         """Its processes end."""
         if self._kept is not None:
-            self._kept.__exit__()
+            self._kept.close()
         self._kept = None
 
 

@@ -160,10 +160,10 @@ def members_of(whole: WholeFile, scratch: Path) -> dict[str, bytes | memoryview]
     Raises:
         SampleError: the file has changed since it was looked at, or cannot be read any more.
     """
-    data, sha256 = _copy(whole.clip.source, scratch)
+    data, sha256 = _copy(whole.source, scratch)
     same = whole.sha256 == sha256 if whole.sha256 else _has_packets(data, whole.info)
     if not same:
-        raise _changed(whole.clip.source)
+        raise SampleError(f"{whole.source.source} was written to while it was read: it was changed")
     return _members(whole.clip, whole.info, whole.ext, data, sha256)
 
 
@@ -177,10 +177,6 @@ def _has_packets(data: bytes | memoryview, info: VideoInfo) -> bool:
         zlib.crc32(view[start : start + size]) == crc
         for start, size, crc in zip(index.offset.tolist(), index.size.tolist(), index.crc.tolist(), strict=True)
     )
-
-
-def _changed(source: Source) -> SampleError:
-    return SampleError(f"{source.source} was written to while it was read: it was changed")
 
 
 def _copy(source: Source, scratch: Path) -> tuple[bytes | memoryview, str]:

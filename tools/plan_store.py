@@ -200,6 +200,11 @@ class PlanStore:
         if self._pending >= COMMIT_RECORDS or time.monotonic() - self._committed >= COMMIT_S:
             self._commit()
 
+    def packets_bytes(self) -> int:
+        """Bytes of packets' places in the outcomes so far."""
+        ((num_bytes,),) = self._db.execute("SELECT coalesce(sum(length(packets)), 0) FROM probes")
+        return int(num_bytes)
+
     def _commit(self) -> None:
         if self._pending:
             self._db.execute("COMMIT")

@@ -104,6 +104,10 @@ class WorkerPool(Generic[Task, Result]):
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End its processes."""
         for worker in self._idle + self._busy:
             worker.end()
         self._idle, self._busy = [], []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from .making import encoder_version
 from .output import Output, read_all
 from .plan_listing import settings_difference
 from .plan_place import PlanPlace
-from .plan_schema import PlanError, connect, guarded
+from .plan_schema import PlanError
 from .plan_store import PlannedShard, PlanStore
 from .pool import Failure
 from .probing import probe_task
@@ -221,7 +221,7 @@ class ShardJob:
             NumberedProbe(number, probe_task(source, self.options, self.remote)) for number, source in plan.to_probe()
         )
         unfetched = _Unfetched("sources could not be fetched", in_a_row=32)
-        room = PACKETS_BYTES - _packets_bytes(plan)
+        room = PACKETS_BYTES - plan.packets_bytes()
         for number, outcome in self.engine.probe(probes):
             if not isinstance(outcome, Failure):
                 packets = outcome.info.packets
@@ -307,15 +307,6 @@ class ShardJob:
         if len(whole) < len(outcomes):
             return Unfinished(len(whole), len(outcomes))
         return finish(plan, whole, self.output)
-
-
-def _packets_bytes(plan: PlanStore) -> int:
-    """What earlier runs put into a plan of packets' places."""
-    if not plan.num_probed:
-        return 0
-    with guarded(plan.path), closing(connect(plan.path, readonly=True)) as db:
-        ((num_bytes,),) = db.execute("SELECT coalesce(sum(length(packets)), 0) FROM probes")
-    return int(num_bytes)
 
 
 class _Unfetched:
