@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+H264_SLICES = (1, 2, 5)  # types of NAL units that begin a picture's data (ITU-T H.264, table 7-1)
 _HEVC_SPS = 33
 _PACKED = re.compile(rb"DivX\d+(?:b|Build)\d+p")
 
@@ -35,6 +36,23 @@ def begins_afresh(codec: str, extradata: bytes, packet: bytes | memoryview) -> b
             return kind == 5
         at += width + int.from_bytes(packet[at : at + width], "big")
     return False
+
+
+def up_to_slice(extradata: bytes, packet: bytes, length: int) -> bytes | None:
+    """An H.264 packet up to its first slice, and of that the first `length` bytes, as a packet of its own.
+
+    None where it holds no slice behind length-prefixed NAL units (mp4, mkv).
+    """
+    if len(extradata) < 5 or extradata[0] != 1:
+        return None
+    width, at = (extradata[4] & 3) + 1, 0
+    while at + width < len(packet):
+        size = int.from_bytes(packet[at : at + width], "big")
+        if packet[at + width] & 31 in H264_SLICES:
+            part = packet[at + width : at + width + min(size, length)]
+            return packet[:at] + len(part).to_bytes(width, "big") + part if part else None
+        at += width + size
+    return None
 
 
 def is_key(codec: str, extradata: bytes, packet: bytes | memoryview) -> bool:

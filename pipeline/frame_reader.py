@@ -51,9 +51,7 @@ class FrameReader:
         self.name, self.timeout_s = name, timeout_s
         self.stats = DecodeStats()
         self.table = packet_table(data, info, name=name, deadline=Deadline(timeout_s, name))
-        self._leaves_out = self.table.ordered and leaves_out_safely(
-            self.table.codec, bytes(self.table.source.codec().extradata or b"")
-        )
+        self._leaves_out = self.table.ordered and leaves_out_safely(self.table.codec, self.table.source.extradata)
         self.num_frames = self.table.num_frames
         self.fps = self.table.fps
         self.timestamps = self.table.times()
@@ -119,7 +117,7 @@ class FrameReader:
     def _begins_afresh(self, key: int) -> bool:
         table = self.table
         packet = table.source.packet(int(table.order.keys[key]))
-        return begins_afresh(table.codec, bytes(table.source.codec().extradata or b""), memoryview(packet))
+        return begins_afresh(table.codec, table.source.extradata, memoryview(packet))
 
     def _decoded(self, run: Run, deadline: Deadline) -> Iterator[tuple[int, Any]]:
         """Decode one run. Damage anywhere in it is an error: frames after it may build on it without a sign of it."""

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_SLICES, _IDR, _SPS, _PPS = (1, 2, 5), 5, 7, 8
+from .bitstream import H264_SLICES
+
+_IDR, _SPS, _PPS = 5, 7, 8
 _HEAD = 64  # bytes of a slice that hold what is looked at, emulation prevention included
 _MOST_UNITS = 64  # before the first slice of a picture; real ones have less than ten
 _LONGEST_SET = 4096  # bytes, with all scaling lists; the rest is not looked at
@@ -98,7 +100,7 @@ class PictureOrder:
 
     def _count(self, packet: bytes) -> tuple[int, int]:
         for unit in _units(packet, self._width):
-            if unit[0] & 31 in _SLICES:
+            if unit[0] & 31 in H264_SLICES:
                 break
             self._keep(unit)
         else:
@@ -203,7 +205,7 @@ def _units(data: bytes, width: int) -> Iterator[bytes]:
         begin = found + (width or len(_START))
         if found < 0 or begin >= len(data):
             return
-        if data[begin] & 31 in _SLICES:
+        if data[begin] & 31 in H264_SLICES:
             yield data[begin : begin + _HEAD]
             return
         if width:

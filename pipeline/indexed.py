@@ -16,6 +16,7 @@ from .packet_source import IndexedPackets
 from .packet_table import Deadline, PacketTable, Picture, label
 from .packets import read_packets
 from .picture import Orientation, orientation, to_rgb
+from .picture_head import head_frame
 from .probe import VideoInfo
 from .reader_limits import videos
 from .video_index import DECODERS, MAX_EXTRADATA, MAX_PACKETS, MAX_REORDER, VideoIndex
@@ -91,16 +92,24 @@ def _indexed(data: bytes | memoryview | FileParts, info: VideoInfo, index: Video
 
 
 def with_index(
-    data: bytes | memoryview, info: VideoInfo, table: PacketTable, frame: Any, deadline: Deadline, *, check: bool = True
+    data: bytes | memoryview,
+    info: VideoInfo,
+    table: PacketTable,
+    frame: Any,
+    deadline: Deadline,
+    *,
+    check: bool = True,
+    head: bool = False,
 ) -> VideoInfo:
     """`info` with the index of its packets, or as it is where the video cannot be decoded by an index alone: codecs
     that lean on their container, packets that are not there in one piece, frames without an order of their own.
 
     Args:
         table: of the same file, read with marks.
-        frame: its first key frame. Decoded by the index it has to come out the same to the bit.
+        frame: its first key frame, or its head alone. Decoded by the index it has to come out the same to the bit.
         check: compare them. Without, that is only done where pictures carry how they are to be turned; the decoder, its
             settings and the packets are the same in any case.
+        head: compare nothing but what the head tells.
     """
     turn = orientation(frame, table.name)
     index = _index(data, info, table, turn)
@@ -111,32 +120,34 @@ def with_index(
         return indexed
     size = (frame.width, frame.height)
     try:
-        again = _indexed(data, indexed, index, table.name).first_frame(deadline)
-        if again.side_data.get("DISPLAYMATRIX") is not None:  # in the stream itself, where not every frame has it
+        by_index = _indexed(data, indexed, index, table.name)
+        again = head_frame(by_index) if head else by_index.first_frame(deadline)
+        if again is None or again.side_data.get("DISPLAYMATRIX") is not None:  # in the stream, where not all have it
             return info
         same = (again.width, again.height) == size
-        return indexed if same and np.array_equal(to_rgb(again, size), to_rgb(frame, size)) else info
+        return indexed if same and (head or np.array_equal(to_rgb(again, size), to_rgb(frame, size))) else info
     except DecodeError:
         return info
 
 
 def _index(data: bytes | memoryview, info: VideoInfo, table: PacketTable, turn: Orientation) -> VideoIndex | None:
     context = table.source.codec()
-    extradata = bytes(context.extradata or b"")
-    places = [mark.find(data) for mark in table.marks]
+    extradata = table.source.extradata
+    marks = table.marks
     if (
-        not table.ordered
+        marks is None
+        or not table.ordered
         or videos(table) > 1
         or context.codec.name != DECODERS.get(table.codec)
         or len(extradata) > MAX_EXTRADATA
         or not 0 < table.num_packets <= MAX_PACKETS
         or not 0 <= context.reorder_depth <= MAX_REORDER
         or len(data) >= 1 << 31  # gaps between packets are kept in 32 bits
-        or None in places
+        or -1 in marks.offset
         or len(np.unique(table.order.shown_at)) < table.num_packets
     ):
         return None
-    key = np.zeros(len(places), dtype=bool)
+    key = np.zeros(table.num_packets, dtype=bool)
     key[table.order.keys] = True
     return VideoIndex(
         num_bytes=len(data),
@@ -150,9 +161,9 @@ def _index(data: bytes | memoryview, info: VideoInfo, table: PacketTable, turn: 
         turn=turn,
         closed_keys=table.closed_keys,
         hidden_by_edits=table.hidden_by_edits,
-        offset=np.array(places, dtype=np.int64),
-        size=np.array([mark.size for mark in table.marks], dtype=np.int64),
-        crc=np.array([mark.crc for mark in table.marks], dtype=np.uint32),
+        offset=np.array(marks.offset, dtype=np.int64),
+        size=np.array(marks.size, dtype=np.int64),
+        crc=np.array(marks.crc, dtype=np.uint32),
         order=np.argsort(np.argsort(table.order.shown_at)),
         hidden=table.order.rank < 0,
         key=key,

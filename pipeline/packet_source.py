@@ -21,27 +21,32 @@ class PacketSource(Protocol):
 
     Attributes:
         turn: how the container wants pictures laid where the pictures themselves do not say it.
+        extradata: the stream's header.
     """
 
     turn: Orientation
+
+    @property
+    def extradata(self) -> bytes: ...
 
     def packet(self, position: int) -> Any:
         """A PyAV packet whose `pts` is the frame that it shows, None for a hidden one. Raises DecodeError."""
         ...
 
-    def codec(self) -> Any:
-        """The decoder, open; the same one each time."""
+    def codec(self, *, heads: bool = False) -> Any:
+        """The decoder, open; the same one each time. With `heads`, one that takes the heads of pictures for them."""
         ...
 
     def close(self) -> None: ...
 
 
-def set_up(context: Any) -> Any:
+def set_up(context: Any, *, heads: bool = False) -> Any:
     """Open a codec context with our settings, once."""
     if not context.is_open:
         context.thread_count = 1
         context.thread_type = "NONE"
-        context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
+        lacking = {"enable_er": "0"} if heads else {"err_detect": "explode"}  # nothing is put for what lacks
+        context.options = {**lacking, "max_pixels": str(MAX_PIXELS)}
     return context
 
 
@@ -76,8 +81,12 @@ class ContainerPackets:
     def packet(self, position: int) -> Any:
         return self.packets[position]
 
-    def codec(self) -> Any:
-        return set_up(self.stream.codec_context)
+    @property
+    def extradata(self) -> bytes:
+        return bytes(self.stream.codec_context.extradata or b"")
+
+    def codec(self, *, heads: bool = False) -> Any:
+        return set_up(self.stream.codec_context, heads=heads)
 
     def close(self) -> None:
         self.packets = []
@@ -124,8 +133,12 @@ class IndexedPackets:
         packet.pts = rank if rank >= 0 else None
         return packet
 
-    def codec(self) -> Any:
-        return set_up(self._context)
+    @property
+    def extradata(self) -> bytes:
+        return bytes(self._context.extradata or b"")
+
+    def codec(self, *, heads: bool = False) -> Any:
+        return set_up(self._context, heads=heads)
 
     def close(self) -> None:
         self._data = FileParts(0, [])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .errors import DecodeError
-from .packet_marks import PacketMark
+from .packet_marks import PacketMarks
 from .packet_order import PacketOrder
 from .packet_source import MAX_PIXELS, PacketSource
 from .picture import orientation
@@ -76,7 +76,7 @@ class PacketTable:
         hidden_by_edits: packets that an edit list hides.
         closed_keys: every key packet is one at which a decoder forgets all that was before.
         picture: how frames are shown, where that is known without decoding one.
-        marks: where the packets were found, if that was asked for.
+        marks: where the file has its packets, if that was asked for.
     """
 
     name: str
@@ -91,7 +91,7 @@ class PacketTable:
     format: str
     codec: str
     picture: Picture | None = None
-    marks: list[PacketMark] = field(default_factory=list)
+    marks: PacketMarks | None = None
 
     @property
     def ordered(self) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 from .bitstream import begins_afresh, is_key, is_packed, shows_a_frame
 from .errors import DecodeError
 from .h264_order import PictureOrder, in_rhythm, reordering
-from .packet_marks import PacketMark
+from .packet_marks import PacketMarks
 from .packet_order import PacketOrder
 from .packet_source import ContainerPackets, knows_its_order, set_up
 from .packet_table import Deadline, PacketTable, check_size, label, reason_of
@@ -40,14 +40,14 @@ def read_packets(
     name: str,
     deadline: Deadline,
     keep: bool = True,
-    mark: bool = False,
+    data: bytes | memoryview | None = None,
     quick: bool = False,
     digest: hashlib._Hash | None = None,
 ) -> PacketTable:
-    """Demultiplex `source` once. With `keep=False` only the first packets stay in memory: enough for a look. With
-    `mark=True` the table has a `PacketMark` of each packet. `digest` is updated with the bytes of every packet. With
-    `quick=True` nothing is decoded at opening where that tells nothing that is needed; the stream then knows its pixel
-    format and colours only after its first frame.
+    """Demultiplex `source` once. With `keep=False` only the first packets stay in memory: enough for a look. With its
+    bytes as `data` the table has the marks of the packets in it. `digest` is updated with the bytes of every packet.
+    With `quick=True` nothing is decoded at opening where that tells nothing that is needed; the stream then knows its
+    pixel format and colours only after its first frame.
 
     Raises:
         DecodeError: no known container, no video, damaged on the container level, impossible size, too slow.
@@ -67,7 +67,7 @@ def read_packets(
             f"{label(name)}: not a readable video file ({reason_of(err)}); mp4, mov, mkv, webm, avi and ts are."
         ) from err
     try:
-        return _table(container, name, deadline, keep, mark, digest)
+        return _table(container, name, deadline, keep, data, digest)
     except (av.error.FFmpegError, ValueError, OverflowError) as err:
         container.close()
         raise DecodeError(f"{label(name)}: the container is damaged ({reason_of(err)}).") from err
@@ -125,7 +125,7 @@ class _Demuxed:
     keys: list[int] = field(default_factory=list)
     hidden_by_edits: int = 0
     closed_keys: bool = True
-    marks: list[PacketMark] = field(default_factory=list)
+    marks: PacketMarks | None = None
     untold: PictureOrder | None = None  # where the container does not say in which order its frames are shown
 
 
@@ -137,42 +137,53 @@ def _packets(container: Any, stream: Any, name: str) -> Iterator[Any]:
 
 
 def _demux(
-    container: Any, stream: Any, name: str, deadline: Deadline, keep: bool, mark: bool, digest: hashlib._Hash | None
+    container: Any,
+    stream: Any,
+    name: str,
+    deadline: Deadline,
+    keep: bool,
+    data: bytes | memoryview | None,
+    digest: hashlib._Hash | None,
 ) -> _Demuxed:
+    """One pass. What is asked of each packet is asked as cheaply as can be: a long video has a million of them."""
     codec = stream.codec_context.codec.canonical_name
     extradata = bytes(stream.codec_context.extradata or b"")
-    found = _Demuxed()
+    found = _Demuxed(marks=None if data is None else PacketMarks(data))
     if container.format.name == "avi" and codec == "h264":  # which stores no times, so FFmpeg guesses them
         found.untold = PictureOrder(extradata)
+    hides = codec == "vp8"  # frames, in packets of their own
     count = 0
     for packet in _packets(container, stream, name):
         if packet.size == 0:
             continue  # the empty packet at the end
         if packet.is_corrupt:
             raise DecodeError(f"{label(name)}: packet {count} is cut short or damaged.")
-        if count and packet.has_sidedata("new_extradata"):
-            raise DecodeError(f"{label(name)}: its codec settings change at packet {count}; split it there.")
         if count == 0 and is_packed(codec, extradata, bytes(packet)):
             raise DecodeError(
                 f"{label(name)}: holds two pictures in one packet (DivX packed B-frames), so its frames cannot be "
                 "told apart; run ffmpeg -i IN -c copy -bsf:v mpeg4_unpack_bframes OUT first."
             )
-        if packet.is_keyframe and is_key(codec, extradata, memoryview(packet)):
-            found.keys.append(count)
-            found.closed_keys &= begins_afresh(codec, extradata, memoryview(packet))
-        elif packet.is_keyframe:
-            found.closed_keys = False  # readers that believe the container begin at it
-        found.hidden_by_edits += packet.is_discard
+        if count and _has_any(packet.iter_sidedata()) and packet.has_sidedata("new_extradata"):
+            raise DecodeError(f"{label(name)}: its codec settings change at packet {count}; split it there.")
+        if packet.is_keyframe:
+            if is_key(codec, extradata, memoryview(packet)):
+                found.keys.append(count)
+                found.closed_keys &= begins_afresh(codec, extradata, memoryview(packet))
+            else:
+                found.closed_keys = False  # readers that believe the container begin at it
+        hidden = packet.is_discard
+        found.hidden_by_edits += hidden
         # Before the first key packet there is nothing to decode from.
-        shown = not packet.is_discard and bool(found.keys) and shows_a_frame(codec, memoryview(packet))
+        shown = not hidden and bool(found.keys) and (not hides or shows_a_frame(codec, memoryview(packet)))
         found.shown.append(shown)
-        found.pts.append(NO_TIME if packet.pts is None else packet.pts)
-        if packet.pts is not None and packet.dts is not None:
-            found.ahead.append(packet.pts - packet.dts)
-        found.decoded.append(NO_TIME if packet.dts is None else packet.dts)
+        pts, dts = packet.pts, packet.dts
+        found.pts.append(NO_TIME if pts is None else pts)
+        found.decoded.append(NO_TIME if dts is None else dts)
+        if pts is not None and dts is not None:
+            found.ahead.append(pts - dts)
         found.duration.append(packet.duration or 0)
-        if mark:
-            found.marks.append(PacketMark.of(packet))
+        if found.marks is not None:
+            found.marks.add(packet)
         if found.untold is not None:
             found.untold.add(bytes(packet))
         if digest is not None:
@@ -195,12 +206,21 @@ def _demux(
     return found
 
 
+def _has_any(items: Iterator[Any]) -> bool:
+    return next(items, None) is not None
+
+
 def _table(
-    container: Any, name: str, deadline: Deadline, keep: bool, mark: bool, digest: hashlib._Hash | None
+    container: Any,
+    name: str,
+    deadline: Deadline,
+    keep: bool,
+    data: bytes | memoryview | None,
+    digest: hashlib._Hash | None,
 ) -> PacketTable:
     stream = _video_stream(container, name)
     codec = stream.codec_context.codec.canonical_name
-    found = _demux(container, stream, name, deadline, keep, mark, digest)
+    found = _demux(container, stream, name, deadline, keep, data, digest)
     packets, pts, count = found.packets, found.pts, len(found.pts)
     keys = np.array(found.keys, dtype=np.int64)
     shown = np.array(found.shown, dtype=bool)

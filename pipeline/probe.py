@@ -15,7 +15,7 @@ from .errors import DecodeError, SampleError
 from .video_index import VideoIndex
 
 if TYPE_CHECKING:
-    from .packet_table import Deadline, PacketTable
+    from .packet_table import PacketTable
 
 MAX_SECONDS = 10 * 24 * 3600  # of a video
 
@@ -208,9 +208,10 @@ def _probe(
     deadline = Deadline(timeout_s, name)
     data = source if isinstance(source, (bytes, memoryview)) else None
     file = source if not isinstance(source, (bytes, memoryview)) else buffer_file(source)
-    table = read_packets(file, name=name, deadline=deadline, keep=False, mark=packets)
+    table = read_packets(file, name=name, deadline=deadline, keep=False, data=data if packets else None)
     try:
-        info, frame = info_of(table, deadline)
+        frame = table.first_frame(deadline)
+        info = info_of(table, frame)
         if known not in (None, info):
             raise DecodeError(
                 f"{name or 'the video'}: is not the video that it was when it was probed: it was changed."
@@ -222,15 +223,14 @@ def _probe(
         table.close()
 
 
-def info_of(table: PacketTable, deadline: Deadline) -> tuple[VideoInfo, Any]:
-    """What a table of packets, and the first frame that comes of them, say of a video; and that frame of PyAV's.
+def info_of(table: PacketTable, frame: Any) -> VideoInfo:
+    """What a table of packets, and the first frame that comes of them (of PyAV's), say of a video.
 
     Raises:
-        DecodeError: that frame does not decode, or is to be shown at an angle.
+        DecodeError: it is to be shown at an angle.
     """
-    frame = table.first_frame(deadline)
     picture = table.picture_of(frame)
-    info = VideoInfo(
+    return VideoInfo(
         num_frames=table.num_frames,
         fps=table.fps,
         duration=table.duration,
@@ -243,4 +243,3 @@ def info_of(table: PacketTable, deadline: Deadline) -> tuple[VideoInfo, Any]:
         has_audio=table.has_audio,
         pix_fmt=picture.pix_fmt,
     )
-    return info, frame

@@ -6,14 +6,15 @@ import hashlib
 import json
 import re
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from .atomic import atomic_file, atomic_write
-from .buffer_file import buffer_file
-from .errors import ConfigError, ShardError
+from .early_sync import EarlySync
+from .errors import ConfigError, SampleError, ShardError
 from .shard_index import (
     INDEX_VERSION,
     SAFE_EXTENSIONS,
@@ -25,7 +26,7 @@ from .shard_index import (
 
 MAX_KEY_BYTES = 90  # a ustar name holds 100 bytes; the rest is for the extension
 FOLDER_INDEX = "index.json"
-_COPY_BYTES = 1 << 20  # at a time
+_BLOCK_BYTES = 1 << 20  # hashed and written at a time, so that they are still in the processor's cache
 _KEY = re.compile(r"[^./\\\x00-\x20\x7f][^./\\\x00-\x1f\x7f]*")
 
 
@@ -38,21 +39,52 @@ def to_json(content: Mapping[str, Any]) -> bytes:
         raise ConfigError(f"metadata cannot become JSON ({err}): use text, finite numbers, lists, dicts") from err
 
 
+class StreamedMember(Protocol):
+    """A member that is read when it is written."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def blocks(self) -> Iterator[bytes | memoryview]:
+        """All of its bytes, in order; each block is good until the next. Raises SampleError where it cannot be had."""
+        ...
+
+
 class _Hashed:
     """A file that hashes what is written through it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
+        self._sync = EarlySync(file.fileno())
         self.digest = hashlib.sha256()
         self.written = 0
 
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.written += len(data)
-        return self._file.write(data)
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        for start in range(0, len(view), _BLOCK_BYTES):
+            block = view[start : start + _BLOCK_BYTES]
+            self.digest.update(block)
+            self._file.write(block)
+            self._sync.wrote(len(block))
+        self.written += len(view)
 
-    def tell(self) -> int:
-        return self.written
+    def mark(self) -> tuple[int, Any]:
+        """This point of the file, for `back_to`."""
+        return self.written, self.digest.copy()
+
+    def back_to(self, mark: tuple[int, Any]) -> None:
+        """Take back all that was written since."""
+        self.written, self.digest = mark
+        self._file.seek(self.written)
+        self._file.truncate()
+
+    def pad(self, multiple: int) -> None:
+        """Fill it up with zeros to a multiple of so many bytes."""
+        self.write(bytes(-self.written % multiple))
+
+    def close(self) -> None:
+        """The end of writing; the file itself stays open."""
+        self._sync.close()
 
 
 class TarShard:
@@ -62,23 +94,17 @@ class TarShard:
         self.path = Path(path)
         self._context = atomic_file(self.path)
         self._file = _Hashed(self._context.__enter__())
-        # tarfile writes front to back and never seeks in this mode, so the tar can be hashed on its way to the disk.
-        self._tar = tarfile.TarFile(
-            fileobj=self._file,  # type: ignore[arg-type]
-            mode="w",
-            format=tarfile.USTAR_FORMAT,
-            copybufsize=_COPY_BYTES,
-        )
         self._samples: dict[str, dict[str, tuple[int, int]]] = {}
 
     @property
     def num_samples(self) -> int:
         return len(self._samples)
 
-    def add(self, key: str, members: Mapping[str, bytes | memoryview]) -> None:
+    def add(self, key: str, members: Mapping[str, bytes | memoryview | StreamedMember]) -> None:
         """Append one sample: extension without dot -> bytes.
 
         Raises:
+            SampleError: a member that is streamed cannot be had; the shard is as it was before.
             ConfigError: the key has a dot, slash, control character or more than 90 bytes of UTF-8, is already in
                 this shard, or an extension is not in SAFE_EXTENSIONS.
         """
@@ -88,19 +114,36 @@ class TarShard:
             raise ConfigError(f"key {key!r} is already in {self.path.name}: keys have to be unique")
         if unknown := sorted(set(members) - set(SAFE_EXTENSIONS)):
             raise ConfigError(f"sample {key!r}: extension {unknown[0]!r} is none of {', '.join(SAFE_EXTENSIONS)}")
-        places = {}
-        for ext in sorted(members):
-            info = tarfile.TarInfo(f"{key}.{ext}")
-            info.size = len(members[ext])
-            info.mode = 0o644
-            self._tar.addfile(info, buffer_file(members[ext]))
-            data_blocks = -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            places[ext] = (self._file.written - data_blocks, info.size)
-        self._samples[key] = places
+        mark = self._file.mark()
+        try:
+            self._samples[key] = {ext: self._append(f"{key}.{ext}", members[ext]) for ext in sorted(members)}
+        except SampleError:
+            self._file.back_to(mark)
+            raise
+
+    def _append(self, name: str, member: bytes | memoryview | StreamedMember) -> tuple[int, int]:
+        """Write one member; where its bytes begin, and how many they are."""
+        info = tarfile.TarInfo(name)
+        info.size = len(member) if isinstance(member, (bytes, memoryview)) else member.num_bytes
+        info.mode = 0o644
+        self._file.write(info.tobuf(tarfile.USTAR_FORMAT, tarfile.ENCODING, "surrogateescape"))
+        start = self._file.written
+        for block in [member] if isinstance(member, (bytes, memoryview)) else member.blocks():
+            self._file.write(block)
+        if self._file.written - start != info.size:
+            raise SampleError(f"{name}: {self._file.written - start} bytes came of it, expected {info.size}")
+        self._file.pad(tarfile.BLOCKSIZE)
+        return start, info.size
 
     def close(self, note: Mapping[str, Any] | None = None) -> ShardIndex:
         """Finish the tar, put it in place and write its index file beside it."""
-        self._tar.close()
+        try:
+            self._file.write(bytes(2 * tarfile.BLOCKSIZE))
+            self._file.pad(tarfile.RECORDSIZE)
+            self._file.close()
+        except BaseException:
+            self.discard()
+            raise
         self._context.__exit__(None, None, None)
         index = ShardIndex(
             self.path.name,
@@ -114,6 +157,8 @@ class TarShard:
 
     def discard(self) -> None:
         """Give the unfinished tar up."""
+        with suppress(OSError):  # the file goes, whatever the disk says of it
+            self._file.close()
         self._context.__exit__(ShardError, ShardError(f"{self.path.name} was given up"), None)
 
 
@@ -241,11 +286,20 @@ def sample_members(
         ConfigError: `ext` is no video extension.
     """
     ext = ext.lower().lstrip(".")
-    if ext not in VIDEO_EXTENSIONS:
-        raise ConfigError(f"{ext!r} is no video extension; known are {', '.join(VIDEO_EXTENSIONS)}")
     if "sha256" not in meta:
         meta = {**meta, "sha256": hashlib.sha256(video).hexdigest()}
-    members: dict[str, bytes | memoryview] = {ext: video, "json": to_json(meta)}
+    return {ext: video, **described(ext, meta, text)}
+
+
+def described(ext: str, meta: Mapping[str, Any], text: str | None) -> dict[str, bytes]:
+    """The members of a sample that stand beside a video of this extension.
+
+    Raises:
+        ConfigError: `ext` is no video extension, or `meta` cannot become JSON.
+    """
+    if ext not in VIDEO_EXTENSIONS:
+        raise ConfigError(f"{ext!r} is no video extension; known are {', '.join(VIDEO_EXTENSIONS)}")
+    members = {"json": to_json(meta)}
     if text is not None:
         members["txt"] = text.encode("utf-8", "replace")
     return members

@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
+import os
+import tracemalloc
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import av
 import numpy as np
 import pytest
 
 from framestream.pipeline.decode import open_decoder
-from framestream.pipeline.errors import ConfigError, SampleError
+from framestream.pipeline.errors import ConfigError, DecodeError, SampleError
 from framestream.pipeline.probe import VideoInfo, probe_video
 from framestream.pipeline.remote import Remote
-from framestream.tools import making, source_file, units
+from framestream.pipeline.shard_writer import TarShard
+from framestream.tools import probing, source_file
 from framestream.tools.clips import Clip
 from framestream.tools.inputs import Source
-from framestream.tools.making import ClipTask, MadeClip, encoder_version, make_clip, members_of
+from framestream.tools.making import ClipTask, MadeClip, encoder_version, make_clip
 from framestream.tools.pool import WorkerPool
 from framestream.tools.probing import Probed, ProbeTask, probe_source
-from framestream.tools.shard_options import Encoding, ShardOptions
+from framestream.tools.shard_options import Decode, Encoding, ShardOptions
 from framestream.tools.shard_run import build_shards
+from framestream.tools.verify_set import verify_folder
+from framestream.tools.whole_file import BLOCK_BYTES, WholeFile
 
 from clips_setup import beeping
 from remux import Track, remux, set_edits, set_matrix
+from shard_setup import samples
 from synthetic import make_video, read_indices, trim_by_copy
 from video_kinds import KINDS
 
@@ -57,10 +63,15 @@ def task_of(
 
 def all_of(made: MadeClip) -> dict[str, bytes]:
     """All members, as they are written."""
-    if made.whole is None:
-        return made.members
-    scratch = Path(made.whole.source.path + ".scratch")
-    return {ext: bytes(content) for ext, content in members_of(made.whole, scratch).items()}
+    return {
+        ext: member if isinstance(member, bytes) else b"".join(map(bytes, member.blocks()))
+        for ext, member in made.members.items()
+    }
+
+
+def whole_of(made: MadeClip) -> WholeFile:
+    (whole,) = (member for member in made.members.values() if isinstance(member, WholeFile))
+    return whole
 
 
 def video_of(made: MadeClip) -> tuple[str, bytes, dict[str, Any]]:
@@ -96,13 +107,50 @@ _SOME = (
 def test_probing_says_what_probe_video_says(tmp_path: Path, name: str) -> None:
     """Although it opens the file without decoding anything: of frames, colours and packets alike."""
     path = KINDS[name].make(tmp_path)
-    task = ProbeTask(source_of(path), None, Remote(), packets=True)
-    found, expected = probe_source(task), probe_video(path, packets=True)
-    assert found.info == expected
-    assert found.info.packets == expected.packets
-    assert probe_source(replace(task, packets=False)).info.packets is None
+    task = ProbeTask(source_of(path), None, Remote(), whole=True)
+    expected = probe_video(path, packets=True)
+    for decode in get_args(Decode):
+        found = probe_source(replace(task, decode=decode))
+        assert found.info == expected
+        assert found.info.packets == expected.packets
+        assert found.content == probe_source(replace(task, whole=False)).content
+    assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert found.size == path.stat().st_size
     assert found.scenes == ()
+    short = probe_source(replace(task, whole=False))
+    assert (short.info.packets, short.sha256) == (None, "")
+
+
+def test_what_is_decoded_is_what_is_found_broken(tmp_path: Path) -> None:
+    """The first picture, or one in the middle, is damaged behind its head, where only decoding tells."""
+    path = make_video(tmp_path / "a.mp4", num_frames=24, gop=8, b_frames=0, size=(320, 192))
+    places = probe_video(path, packets=True).packets
+    assert places is not None
+    whole = path.read_bytes()
+    for packet, found_by in ((0, {"first", "all"}), (8, {"all"}), (None, set())):
+        data = bytearray(whole)
+        if packet is not None:
+            start, size = int(places.offset[packet]), int(places.size[packet])
+            assert size > 2000
+            data[start + size - 1000 : start + size] = bytes(range(1, 251)) * 4
+        path.write_bytes(data)
+        for decode in get_args(Decode):
+            task = ProbeTask(source_of(path), None, Remote(), decode=decode)
+            with pytest.raises(SampleError, match=r"a\.mp4") if decode in found_by else nullcontext():
+                assert probe_source(task).info.num_frames == 24
+
+
+def test_a_head_of_which_no_frame_comes_does_not_decide(tmp_path: Path) -> None:
+    """The decoder that saw it takes heads only; another one decodes the picture."""
+    path = make_video(tmp_path / "a.mp4", num_frames=8)
+
+    def none_of(table: Any) -> Any:
+        raise DecodeError("its head is of no use")
+
+    expected = probed(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probing, "head_frame", none_of)
+        assert probe_source(ProbeTask(source_of(path), None, Remote(), decode="none")) == expected
 
 
 @pytest.mark.parametrize("codec", ["h264", "hevc", "vp9"])
@@ -253,10 +301,12 @@ def test_a_file_that_has_changed_is_refused(tmp_path: Path) -> None:
 def test_packets_that_are_known_already_make_the_same_sample(tmp_path: Path, name: str) -> None:
     path = KINDS[name].make(tmp_path)
     task = task_of(path, text="a dog")
-    known = probe_source(ProbeTask(task.clip.source, None, Remote(), packets=True)).info
-    assert known.packets is not None
+    known = probe_source(ProbeTask(task.clip.source, None, Remote(), whole=True))
     before = all_of(make_clip(task))
-    assert all_of(make_clip(replace(task, info=known))) == before
+    source = replace(task.clip.source, sha256=known.sha256, size=known.size)
+    ready = replace(task, info=known.info, clip=replace(task.clip, source=source))
+    assert (task.is_known, ready.is_known) == (False, True)
+    assert all_of(make_clip(ready)) == before
 
 
 def test_a_file_that_changes_between_looking_and_copying_is_refused(tmp_path: Path) -> None:
@@ -265,42 +315,74 @@ def test_a_file_that_changes_between_looking_and_copying_is_refused(tmp_path: Pa
     task = task_of(path)
     made = make_clip(task)
     data = bytearray(path.read_bytes())
-    data[task.info.num_frames + made.whole.info.packets.offset[5]] ^= 1  # type: ignore[union-attr]
+    data[task.info.num_frames + whole_of(made).info.packets.offset[5]] ^= 1  # type: ignore[union-attr]
     path.write_bytes(data)
     with pytest.raises(SampleError, match=r"a\.mp4.*changed"):
         all_of(made)
 
 
-@pytest.mark.parametrize(("limit", "at_a_time"), [(0, 1), (1 << 30, 3)])
-def test_copies_of_large_files_take_little_room_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, at_a_time: int
-) -> None:
+@pytest.mark.parametrize("by", [1, -1])
+def test_a_file_whose_length_changes_while_it_is_copied_is_refused(tmp_path: Path, by: int) -> None:
+    path = make_video(tmp_path / "a.mp4", num_frames=24)
+    path.write_bytes(path.read_bytes() + bytes(3 << 20))  # a tail that players pass over
+    blocks = whole_of(make_clip(task_of(path))).blocks()
+    assert len(next(blocks)) == BLOCK_BYTES
+    os.truncate(path, path.stat().st_size + by)
+    with pytest.raises(SampleError, match=r"a\.mp4 was written to while it was read"):
+        list(blocks)
+
+
+def test_a_file_that_is_gone_when_it_is_to_be_copied_is_refused(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "a.mp4", num_frames=4)
+    whole = whole_of(make_clip(task_of(path)))
+    path.unlink()
+    with pytest.raises(SampleError, match=r"a\.mp4 cannot be read \(No such file"):
+        list(whole.blocks())
+
+
+def test_copying_takes_no_more_memory_than_a_few_blocks(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "a.mp4", num_frames=8)
+    path.write_bytes(path.read_bytes() + bytes(40 << 20))
+    made = make_clip(task_of(path))
+    tracemalloc.start()
+    tar = TarShard(tmp_path / "a.tar")
+    tar.add("a", made.members)
+    tar.close()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (tmp_path / "a.tar").stat().st_size > 40 << 20
+    assert peak < 4 << 20
+
+
+def test_one_lost_copy_leaves_the_others_as_they_were(tmp_path: Path) -> None:
+    """What was written of it before it turned out to have changed is taken back."""
     (tmp_path / "in").mkdir()
-    for number in range(6):
-        make_video(tmp_path / "in" / f"{number}.mp4", num_frames=8, first_index=number)
-    monkeypatch.setattr(making, "IN_MEMORY", 0)
-    monkeypatch.setattr(units, "COPIED_AHEAD_BYTES", limit)
-    mapped = [0]
+    for name in "abc":
+        make_video(tmp_path / "in" / f"{name}.mp4", num_frames=8, first_index=ord(name))
+    out, trees = tmp_path / "out", []
+    for lost in (False, True):
 
-    def watched(*args: Any) -> Any:
-        members = members_of(*args)
-        mapped.append(sum("/whole" in line for line in Path("/proc/self/maps").read_text().splitlines()))
-        return members
+        def spoil(step: str, done: int, *_: Any, lost: bool = lost) -> None:
+            if lost and (step, done) == ("writing", 0):
+                path = tmp_path / "in" / "b.mp4"
+                data = bytearray(path.read_bytes())
+                facts = path.stat()
+                data[-100] ^= 1
+                path.write_bytes(data)
+                os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
 
-    def slowly(step: str, *_: Any) -> None:
-        time.sleep(0.05 * (step == "writing"))
-
-    monkeypatch.setattr(units, "members_of", watched)
-    report = build_shards([str(tmp_path / "in")], tmp_path / "out", workers=1, progress=slowly)
-    assert report.inputs["sampled"] == 6
-    assert (max(mapped) == 1) if at_a_time == 1 else (1 < max(mapped) <= at_a_time)
+        report = build_shards([str(tmp_path / "in")], out / str(lost), workers=1, progress=spoil)
+        assert report.clips == {"planned": 3, "written": 3 - lost, "rejected": int(lost), "dropped": {}}
+        assert verify_folder(out / str(lost), workers=1).problems == []
+        trees.append({s.key: dict(s.members) for s in samples(out / str(lost))})
+    assert report.rejects[0]["reason"].endswith("it was changed")
+    assert trees[1] == {key: members for key, members in trees[0].items() if key != "b"}
 
 
 def test_what_has_no_index_is_compared_as_a_whole(tmp_path: Path) -> None:
     path = make_video(tmp_path / "a.avi", num_frames=24, codec="mpeg4", b_frames=0)
     made = make_clip(task_of(path))
-    assert made.whole is not None
-    assert made.whole.info.packets is None
+    assert whole_of(made).info.packets is None
     assert all_of(made)["avi"] == path.read_bytes()
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

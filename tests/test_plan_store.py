@@ -571,7 +571,7 @@ def test_files_that_are_no_plan_of_this_version_are_named(tmp_path: Path) -> Non
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 2")
     db.close()
-    with pytest.raises(ShardError, match="has version 2, this framestream reads version 4"):
+    with pytest.raises(ShardError, match="has version 2, this framestream reads version 5"):
         PlanStore.open(path)
 
 

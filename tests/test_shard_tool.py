@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -17,7 +18,7 @@ from framestream.pipeline.remote import Remote
 from framestream.tools.cli import main
 from framestream.tools.clips import Clip
 from framestream.tools.inputs import Source
-from framestream.tools.making import ClipTask, make_clip, members_of
+from framestream.tools.making import ClipTask, make_clip
 from framestream.tools.probing import ProbeTask, probe_source
 from framestream.tools.shard_options import Cutting, Encoding, Filters, ShardOptions
 from framestream.tools.shard_run import build_shards
@@ -249,10 +250,11 @@ def test_metadata_that_cannot_be_written_is_a_reject_of_its_clip(videos: Path) -
     path = videos / "a.mp4"
     source = Source(str(path), "a.mp4", "a", user={"x": b"bytes"}, size=path.stat().st_size)
     info = probe_source(ProbeTask(source, None, Remote())).info
-    made = make_clip(ClipTask(Clip(source, "a", 0.0, info.duration, None), info, False, Encoding(), Remote()))
-    assert made.whole is not None
-    with pytest.raises(SampleError, match=r"a\.mp4: metadata cannot become JSON"):
-        members_of(made.whole, videos / "scratch")
+    task = ClipTask(Clip(source, "a", 0.0, info.duration, None), info, False, Encoding(), Remote())
+    known = replace(task, clip=replace(task.clip, source=replace(source, sha256="0" * 64)))
+    for each in (task, known):
+        with pytest.raises(SampleError, match=r"a\.mp4: metadata cannot become JSON"):
+            make_clip(each)
 
 
 def test_linked_folders_are_followed_once(videos: Path, tmp_path: Path) -> None:

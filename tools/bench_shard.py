@@ -1,7 +1,8 @@
 """What `framestream bench shard` measures: making shards, against the plain tools that do the bare work.
 
-Each is timed from its start to its last byte on the disk, our processes' start, the look through every file and the
-index included; the plain tools know nothing of what they write.
+Each is timed from its start to its last byte on the disk, our processes' start and the index included; the plain tools
+know nothing of what they write. Copying whole files is timed from the plan on, as the second phase of a run that it
+is, and all of it, with the look through every file that makes the plan.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tarfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,19 @@ from .bench_rows import Row, ratio, rounds
 from .bench_table import print_milliseconds, print_ratios, reasons
 from .console import progress_bar
 from .encoders import ENCODERS, options_of
-from .shard_options import Cutting, Encoding, ShardOptions
-from .shard_run import build_shards
+from .shard_options import Cutting, Decode, Encoding, ShardOptions
+from .shard_report import ShardReport
+from .shard_run import run, shard_job
 
 OURS, PLAIN = "framestream", "the plain tool"
 FFMPEG, TAR = "ffmpeg", "Python's tarfile"  # which are the plain tools
 NUM_CLIPS, SECONDS, HEIGHT, GOP = 4, 20, 720, 60
 ENCODING = Encoding(short_side=256, gop=16)
 _PART_S = 4  # a multiple of the groups of pictures
-_LINKS, _REPEATED = 8, 5  # what is only copied is given so often, under other names; so often in one long file
+# What is cut is given so often, what is copied whole so often, under other names; so often in one long file.
+_LINKS, _COPIES, _REPEATED = 8, 80, 5
+_COPIED_SHARDS = 8  # of whole files, in each of which the same number is
+_CASES = 6
 _ENCODINGS = 3  # rounds at most of what takes longest
 
 
@@ -58,7 +64,7 @@ def bench_shard(
         ConfigError: one of the clips could not become a shard.
     """
     scenes = [Scene(seconds, GOP, height, seed) for seed in range(num_clips)]
-    with progress_bar("shard", num_clips + 4 * 2 * repeats) as advance:
+    with progress_bar("shard", num_clips + _CASES * 2 * repeats) as advance:
         clips = []
         for number, scene in enumerate(scenes):
             advance(number, "making the clips")
@@ -83,11 +89,11 @@ def bench_shard(
             if (speed := ratio(times, PLAIN, OURS)) is not None:
                 row.facts["speed"] = speed
             rows.append(row)
-        advance(num_clips + 4 * 2 * repeats, "")
+        advance(num_clips + _CASES * 2 * repeats, "")
     megabytes = sum(clip.stat().st_size for clip in clips) / 1e6
     print(
         f"{num_clips} videos of {seconds} s and {height} lines, {megabytes:.1f} MB together, {workers} processes; cut "
-        f"into parts: {_LINKS} times; copied whole: {_LINKS * _REPEATED} times, as short files or as long ones"
+        f"into parts: {_LINKS} times; copied whole: {_COPIES} times, as short files or as long ones"
     )
     print_milliseconds("shard: median milliseconds", rows, (OURS, PLAIN))
     print_ratios("how fast framestream is: time of the plain tool over its own, median over rounds", rows)
@@ -105,9 +111,9 @@ class _Bench:
     def __init__(self, clips: Sequence[Path], folder: Path, seconds: int, workers: int) -> None:
         self.clips, self.target, self.seconds, self.workers = clips, folder / "shards", seconds, workers
         self.many = _linked(clips, _LINKS, folder / "clips" / "many")
-        self.short = _linked(clips, _LINKS * _REPEATED, folder / "clips" / "short")
+        self.short = _linked(clips, _COPIES, folder / "clips" / "short")
         long = [_repeated(clip, folder / "clips" / "long") for clip in clips]
-        self.long = _linked(long, _LINKS, folder / "clips" / "long")
+        self.long = _linked(long, _COPIES // _REPEATED, folder / "clips" / "long")
 
     def cases(self) -> dict[str, dict[str, Callable[[], float]]]:
         cut = Cutting(clip_seconds=float(_PART_S))
@@ -116,13 +122,9 @@ class _Bench:
                 OURS: lambda: self._ours(self.clips, ShardOptions(transcode="always", encoding=ENCODING), self.workers),
                 PLAIN: lambda: self._ffmpeg(self.clips, self._encode),
             },
-            f"whole files, {self.workers} at a time, {TAR}": {
-                OURS: lambda: self._ours(self.short, ShardOptions(transcode="never"), self.workers),
-                PLAIN: lambda: self._tar(self.short),
-            },
-            f"long whole files, {self.workers} at a time, {TAR}": {
-                OURS: lambda: self._ours(self.long, ShardOptions(transcode="never"), self.workers),
-                PLAIN: lambda: self._tar(self.long),
+            **{
+                f"{what}, {self.workers} at a time, {TAR}": {OURS: ours, PLAIN: plain}
+                for what, (ours, plain) in self._copies().items()
             },
             f"parts of {_PART_S} s, {self.workers} at a time, {FFMPEG}": {
                 OURS: lambda: self._ours(self.many, ShardOptions(transcode="never", cutting=cut), self.workers),
@@ -130,22 +132,47 @@ class _Bench:
             },
         }
 
-    def _timed(self, work: Callable[[], None]) -> float:
-        """From an empty folder on; making it empty is not timed."""
+    def _copies(self) -> dict[str, tuple[Callable[[], float], Callable[[], float]]]:
+        short, long = partial(self._tar, self.short), partial(self._tar, self.long)
+        return {
+            "whole files, planned": (partial(self._copy, self.short, "first", planned=True), short),
+            "long whole files, planned": (partial(self._copy, self.long, "first", planned=True), long),
+            "whole files, all of the run": (partial(self._copy, self.short, "first"), short),
+            "whole files, all of the run, --decode none": (partial(self._copy, self.short, "none"), short),
+        }
+
+    def _copy(self, files: Sequence[Path], decode: Decode, planned: bool = False) -> float:
+        options = ShardOptions(-(-len(files) // _COPIED_SHARDS), transcode="never", decode=decode)
+        return self._ours(files, options, self.workers, planned=planned)
+
+    def _timed(self, work: Callable[[], None], before: Callable[[], None] | None = None) -> float:
+        """From an empty folder on, or one in which `before` has been at work; neither is timed."""
         shutil.rmtree(self.target, ignore_errors=True)
         self.target.mkdir(parents=True)
+        if before is not None:
+            before()
+        os.sync()
         start = time.perf_counter()
         work()
         return (time.perf_counter() - start) * 1e3
 
-    def _ours(self, clips: Sequence[Path], options: ShardOptions, workers: int) -> float:
-        def work() -> None:
-            report = build_shards([str(clip) for clip in clips], self.target, options, workers=workers)
-            parts = self.seconds // _PART_S if options.cutting.clip_seconds else 1
-            if report.clips["written"] != parts * len(clips):
-                raise ConfigError(f"Not every clip became a sample: {report.rejects or report.clips}.")
+    def _ours(self, clips: Sequence[Path], options: ShardOptions, workers: int, *, planned: bool = False) -> float:
+        """With `planned` from the plan on, which is there already."""
+        parts = self.seconds // _PART_S if options.cutting.clip_seconds else 1
 
-        return self._timed(work)
+        def work() -> None:
+            job = shard_job(self.target, options, workers=workers)
+            with job.alone():
+                report = run(job, [str(clip) for clip in clips])
+            if not isinstance(report, ShardReport) or report.clips["written"] != parts * len(clips):
+                raise ConfigError(f"Not every clip became a sample: {report}.")
+
+        def plan() -> None:
+            job = shard_job(self.target, options, workers=workers)
+            with job.alone():
+                run(job, [str(clip) for clip in clips], plan_only=True)
+
+        return self._timed(work, plan if planned else None)
 
     def _tar(self, clips: Sequence[Path]) -> float:
         def work() -> None:

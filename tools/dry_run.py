@@ -236,6 +236,7 @@ def naming_once(reason: str, name: str) -> str:
 def timed_make(task: ClipTask) -> tuple[float, int]:
     """Seconds, and bytes of the sample."""
     began = time.monotonic()
-    made = make_clip(task)
-    size = made.whole.source.size if made.whole else 0
-    return time.monotonic() - began, size + made.num_bytes()
+    size = 0
+    for member in make_clip(task).members.values():
+        size += len(member) if isinstance(member, bytes) else sum(map(len, member.blocks()))
+    return time.monotonic() - began, size

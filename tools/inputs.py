@@ -51,6 +51,7 @@ class Source:
         user: the manifest's other columns, as JSON can hold them.
         size: bytes as the listing says; -1 where it does not say.
         version: modification time or entity tag as the listing says, with its kind; "" where it does not say.
+        sha256: of all its bytes, in hexadecimal, once that was found out; "" before.
     """
 
     path: str
@@ -64,6 +65,7 @@ class Source:
     user: Mapping[str, Any] = field(default_factory=dict, compare=False)  # dicts have no hash
     size: int = -1
     version: str = ""
+    sha256: str = ""
 
 
 def list_inputs(

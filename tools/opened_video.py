@@ -48,10 +48,10 @@ class OpenedVideo:
     def __init__(self, data: memoryview, info: VideoInfo, name: str) -> None:
         self.info, self.name = info, name
         deadline = Deadline(OPEN_TIMEOUT_S, name)
-        looked = read_packets(buffer_file(data), name=name, deadline=deadline, keep=False, mark=True)
+        looked = read_packets(buffer_file(data), name=name, deadline=deadline, keep=False, data=data)
         try:
-            found, frame = info_of(looked, deadline)
-            if found != info:
+            frame = looked.first_frame(deadline)
+            if info_of(looked, frame) != info:
                 raise DecodeError(f"{name}: is not the video that it was when it was probed: it was changed.")
             indexed = with_index(data, info, looked, frame, deadline, check=False)
         except BaseException:

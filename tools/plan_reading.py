@@ -58,9 +58,9 @@ def clips_of(db: sqlite3.Connection, split: str, number: int) -> list[tuple[Clip
 
 
 def _source(db: sqlite3.Connection, number: int) -> Source:
-    query = f"SELECT {TEXT}, p.size, {SOURCE} FROM inputs AS i JOIN probes AS p ON p.number = i.probe"
-    ((text, size, *row),) = db.execute(f"{query} WHERE i.number = ?", (number,))
-    return replace(source_of(row), text=text, text_file=None, size=size)
+    query = f"SELECT {TEXT}, p.size, p.sha256, {SOURCE} FROM inputs AS i JOIN probes AS p ON p.number = i.probe"
+    ((text, size, sha256, *row),) = db.execute(f"{query} WHERE i.number = ?", (number,))
+    return replace(source_of(row), text=text, text_file=None, size=size, sha256=sha256 or "")
 
 
 def _info(db: sqlite3.Connection, probe: int) -> VideoInfo:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .probing import Probed
 
 APPLICATION_ID = 0x46535031  # "FSP1": says that an SQLite file is a plan
-VERSION = 4
+VERSION = 5
 JOURNAL_SUFFIX = "-journal"  # of the file beside a plan in which SQLite keeps what a transaction overwrites
 _CACHE_KIB = 64 << 10  # of pages, for the plan and for its temporary tables
 LOCK_TIMEOUT_S = 10.0  # how long another process may be writing
@@ -40,11 +40,12 @@ CREATE TABLE inputs (
 );
 
 -- What probing said: `reason` why an input is rejected, or all the rest. Lists are deflated JSON, NULL where they are
--- what VideoInfo takes by default. `packets` is the JSON of a VideoIndex, of files that are copied whole.
+-- what VideoInfo takes by default. Of files that are copied whole `sha256` is that of their bytes, and `packets` the
+-- JSON of a VideoIndex.
 CREATE TABLE probes (
     number INTEGER PRIMARY KEY, reason TEXT, size INTEGER, content TEXT, text TEXT,
     num_frames INTEGER, fps REAL, duration REAL, width INTEGER, height INTEGER, codec TEXT, rotation INTEGER,
-    has_audio INTEGER, pix_fmt TEXT, key_frames BLOB, timestamps BLOB, scenes BLOB, packets TEXT
+    has_audio INTEGER, pix_fmt TEXT, key_frames BLOB, timestamps BLOB, scenes BLOB, sha256 TEXT, packets TEXT
 );
 
 -- What became of every input: `sampled` (num_clips), `rejected` (reason), `filtered` (rule, and reason where there is
@@ -72,7 +73,7 @@ LISTED = (
 )  # fmt: skip
 PROBED = (
     "number", "reason", "size", "content", "text", "num_frames", "fps", "duration", "width", "height", "codec",
-    "rotation", "has_audio", "pix_fmt", "key_frames", "timestamps", "scenes", "packets",
+    "rotation", "has_audio", "pix_fmt", "key_frames", "timestamps", "scenes", "sha256", "packets",
 )  # fmt: skip
 INFO = (
     "p.num_frames, p.fps, p.duration, p.width, p.height, p.codec, p.rotation, p.has_audio, p.pix_fmt, p.key_frames, "
@@ -247,6 +248,7 @@ def probed_row(number: int, outcome: Probed | str) -> tuple[Any, ...]:
         None if info.key_frames == (0,) else _packed(info.key_frames),
         None if info.timestamps is None else _packed(info.timestamps),
         _packed(outcome.scenes) if outcome.scenes else None,
+        outcome.sha256 or None,
         None if info.packets is None else json.dumps(info.packets.to_json()),
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from dataclasses import dataclass, replace
@@ -9,16 +10,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from framestream.pipeline.buffer_file import buffer_file
+from framestream.pipeline.errors import DecodeError
+from framestream.pipeline.frame_reader import FrameReader
 from framestream.pipeline.indexed import with_index
 from framestream.pipeline.packet_table import Deadline
 from framestream.pipeline.packets import read_packets
+from framestream.pipeline.picture_head import head_frame
 from framestream.pipeline.probe import VideoInfo, info_of
 from framestream.pipeline.remote import Remote
 from framestream.pipeline.shard_paths import is_url
 
 from .inputs import Source
 from .scene_cuts import scene_cuts
-from .shard_options import ShardOptions
+from .shard_options import Decode, ShardOptions
 from .source_file import opened, read_text
 
 PROBE_TIMEOUT_S = 3600.0  # the limit that matters is the worker's
@@ -34,14 +38,16 @@ class ProbeTask:
         scene_threshold: also find where scenes begin, as `scene_cuts` does; None for not.
         remote: how remote storage is spoken to.
         exact: `content` is made of all bytes of the packets, for dropping duplicates, and not of their checksums alone.
-        packets: also find out where the packets lie, for files that are copied whole.
+        whole: it is copied whole: also find out where its packets lie, and its checksum.
+        decode: as in `ShardOptions`.
     """
 
     source: Source
     scene_threshold: float | None
     remote: Remote
     exact: bool = True
-    packets: bool = False
+    whole: bool = False
+    decode: Decode = "first"
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Probed:
             apart where the rates are a tenth apart, or frames are moved by a fortieth of the length.
         text: what is said about it.
         scenes: the first frame of every scene but the first, rising; empty where not asked for.
+        sha256: of all bytes of the file, in hexadecimal, where it is copied whole; "" where that is not known.
     """
 
     info: VideoInfo
@@ -67,10 +74,11 @@ class Probed:
     content: str
     text: str | None
     scenes: tuple[int, ...]
+    sha256: str = ""
 
-    def without_packets(self) -> Probed:
-        """The same without their places, which take room."""
-        return replace(self, info=replace(self.info, packets=None))
+    def in_short(self) -> Probed:
+        """The same without the places of the packets, which take room; whoever copies the file looks at it again."""
+        return replace(self, info=replace(self.info, packets=None), sha256="")
 
 
 def probe_task(source: Source, options: ShardOptions, remote: Remote) -> ProbeTask:
@@ -82,12 +90,14 @@ def probe_task(source: Source, options: ShardOptions, remote: Remote) -> ProbeTa
         options.cutting.scene_threshold,
         remote,
         exact=options.drop_duplicates,
-        packets=copied and not part and not is_url(source.path),
+        whole=copied and not part and not is_url(source.path),
+        decode=options.decode,
     )
 
 
 def probe_source(task: ProbeTask) -> Probed:
-    """Look at a source: one pass over its packets, its first frame, and all frames where scenes are asked for.
+    """Look at a source: one pass over its packets, what is to be decoded of it, and all frames where scenes are asked
+    for.
 
     Raises:
         SampleError: it cannot be read, or is no usable video.
@@ -95,33 +105,64 @@ def probe_source(task: ProbeTask) -> Probed:
     source = task.source
     with opened(source, task.remote) as file:
         text = read_text(source, task.remote)
-        data = memoryview(file.data)
-        deadline = Deadline(PROBE_TIMEOUT_S, source.source)
-        digest = hashlib.sha256()
-        table = read_packets(
-            buffer_file(data),
-            name=source.source,
-            deadline=deadline,
-            keep=False,
-            mark=True,
-            quick=True,
-            digest=digest if task.exact else None,
-        )
         try:
-            info, frame = info_of(table, deadline)
-            mirrored = table.picture_of(frame).mirrored
-            if task.packets:
-                info = with_index(data, info, table, frame, deadline, check=False)
-            if not task.exact:
-                digest.update(" ".join(f"{mark.size} {mark.crc}" for mark in table.marks).encode())
-            digest.update(table.order.rank.astype("<i8").tobytes())
-        finally:
-            table.close()
-        digest.update(_shown(info, mirrored).encode())
+            info, content = _look(file.data, task, heads=task.decode == "none")
+        except DecodeError:
+            if task.decode != "none":
+                raise
+            info, content = _look(file.data, task, heads=False)  # what is wrong with it may be its head alone
+        if task.decode == "all":
+            _decode_all(file.data, info, source.source)
         scenes: tuple[int, ...] = ()
         if task.scene_threshold is not None:
-            scenes = scene_cuts(data, replace(info, packets=None), task.scene_threshold, name=source.source)
-        return Probed(info, file.size, digest.hexdigest(), text, scenes)
+            plain = replace(info, packets=None)
+            scenes = scene_cuts(memoryview(file.data), plain, task.scene_threshold, name=source.source)
+        sha256 = hashlib.sha256(file.data).hexdigest() if task.whole else ""
+        return Probed(info, file.size, content, text, scenes, sha256)
+
+
+def _look(data: bytes | memoryview, task: ProbeTask, *, heads: bool) -> tuple[VideoInfo, str]:
+    """What a file says of its video, and by what its pictures are told from others. `heads` decodes no more of the
+    first picture than its head, where that tells all that is asked."""
+    name = task.source.source
+    deadline = Deadline(PROBE_TIMEOUT_S, name)
+    digest = hashlib.sha256()
+    table = read_packets(
+        buffer_file(data),
+        name=name,
+        deadline=deadline,
+        keep=False,
+        data=data if task.whole or not task.exact else None,
+        quick=True,
+        digest=digest if task.exact else None,
+    )
+    try:
+        frame = head_frame(table) if heads else None
+        heads = frame is not None
+        frame = frame or table.first_frame(deadline)
+        info = info_of(table, frame)
+        mirrored = table.picture_of(frame).mirrored
+        if task.whole:
+            info = with_index(data, info, table, frame, deadline, check=False, head=heads)
+        if not task.exact and table.marks is not None:
+            sizes, checksums = table.marks.size, table.marks.crc
+            digest.update(" ".join(f"{size} {crc}" for size, crc in zip(sizes, checksums, strict=True)).encode())
+        digest.update(table.order.rank.astype("<i8").tobytes())
+    finally:
+        table.close()
+    digest.update(_shown(info, mirrored).encode())
+    return info, digest.hexdigest()
+
+
+def _decode_all(data: bytes | memoryview, info: VideoInfo, name: str) -> None:
+    """Raises DecodeError where a frame does not decode, or not as all others."""
+    reader = FrameReader(data, info=info, name=name, timeout_s=PROBE_TIMEOUT_S)
+    try:
+        with contextlib.closing(reader.pictures(range(info.num_frames))) as pictures:
+            for _ in pictures:
+                pass
+    finally:
+        reader.close()
 
 
 def _shown(info: VideoInfo, mirrored: bool) -> str:

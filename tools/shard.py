@@ -16,7 +16,7 @@ from .progress import Output, reporting
 from .progress_pace import in_words
 from .set_files import REJECTS_FILE
 from .shard_job import Part, Unfinished
-from .shard_options import Audio, Codec, Cutting, Encoding, Filters, ShardOptions, Transcode
+from .shard_options import Audio, Codec, Cutting, Decode, Encoding, Filters, ShardOptions, Transcode
 from .shard_report import ShardReport
 from .shard_run import build_shards, run, shard_job
 
@@ -48,6 +48,7 @@ def shard(
     min_fps: float | None = None,
     max_fps: float | None = None,
     drop_duplicates: bool = False,
+    decode: Decode = "first",
     val_share: float = 0.0,
     val_tail: float = 0.0,
     val_gap: float = 0.0,
@@ -108,6 +109,8 @@ def shard(
         min_fps: videos with fewer frames per second are filtered out.
         max_fps: videos with more frames per second are filtered out.
         drop_duplicates: of videos with the same encoded pictures, in any container and under any name, keep the first.
+        decode: what of each source is decoded to find the broken ones, before it is taken: its first frame, all frames,
+            or none. The container and every packet in it are looked at in any case.
         val_share: share of the videos that are held out, chosen by a hash of their names: OUTPUT/train and OUTPUT/val
             are written, and adding videos later moves none from one to the other.
         val_tail: share of every video, at its end, that is held out instead.
@@ -143,6 +146,7 @@ def shard(
                 Encoding(short_side, fps, gop, crf, codec, audio),
                 val_share,
                 drop_duplicates,
+                decode,
             )
             share = None if part is None else Part.parse(part)
             if sum((dry_run, plan_only, part is not None)) > 1 or (overwrite and (dry_run or part is not None)):

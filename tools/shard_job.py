@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from framestream.pipeline.errors import ConfigError, StorageError
 from framestream.pipeline.remote import Remote
+from framestream.pipeline.shard_paths import is_url
 from framestream.pipeline.shard_writer import FOLDER_INDEX
 
 from .engines import Engine, NumberedProbe
@@ -29,9 +30,11 @@ from .shard_options import ShardOptions
 from .shard_report import ShardReport, finish
 from .units import Outcome, files_of, finished, in_split, our_files, unfinished, unit_name, units_of
 
-PLAN_VERSION = 4  # to be raised where the same inputs would be planned otherwise
+PLAN_VERSION = 5  # to be raised where the same inputs would be planned otherwise
 LOCK_FILE = ".lock"
-PACKETS_BYTES = 256 << 20  # of packets' places in a plan, about; files beyond that are looked at again when copied
+# Of packets' places in a plan, about; files beyond that are looked at again when they are copied. A plan of a remote
+# output is sent there, and to every part.
+PACKETS_BYTES, REMOTE_PACKETS_BYTES = 4 << 30, 256 << 20
 BYTES_PER_VIDEO, BYTES_PER_PACKET = 350, 10  # of these
 
 Progress = Callable[[str, int, int | None, int], None]  # step, done, of (None: not known yet), rejects
@@ -221,12 +224,12 @@ class ShardJob:
             NumberedProbe(number, probe_task(source, self.options, self.remote)) for number, source in plan.to_probe()
         )
         unfetched = _Unfetched("sources could not be fetched", in_a_row=32)
-        room = PACKETS_BYTES - plan.packets_bytes()
+        room = (REMOTE_PACKETS_BYTES if is_url(self.output.place) else PACKETS_BYTES) - plan.packets_bytes()
         for number, outcome in self.engine.probe(probes):
             if not isinstance(outcome, Failure):
                 packets = outcome.info.packets
                 room -= 0 if packets is None else BYTES_PER_VIDEO + BYTES_PER_PACKET * len(packets)
-                plan.record(number, outcome if room >= 0 else outcome.without_packets())
+                plan.record(number, outcome if room >= 0 else outcome.in_short())
             elif outcome.storage and not self.reject_unfetched:
                 unfetched.add(outcome.reason)
                 continue

@@ -12,6 +12,7 @@ MIN_SECONDS = 0.01  # of a clip, and from one to the next: below that there are 
 Transcode = Literal["auto", "always", "never"]
 Codec = Literal["h264", "hevc", "vp9", "av1"]
 Audio = Literal["auto", "keep", "drop"]
+Decode = Literal["none", "first", "all"]
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ class ShardOptions:
             them (`always`), or none, so that parts are cut at key frames and copied (`never`).
         val_share: share of the sources that are held out, chosen by a hash of each source's name.
         drop_duplicates: keep only the first of inputs with the same pictures, whatever is said of them.
+        decode: which frames of a source are decoded before it is taken, to find out whether it is broken: the first,
+            all, or none. Its container and every packet are looked at in any case.
     """
 
     samples_per_shard: int = 256
@@ -143,6 +146,7 @@ class ShardOptions:
     encoding: Encoding = field(default_factory=Encoding)
     val_share: float = 0.0
     drop_duplicates: bool = False
+    decode: Decode = "first"
 
     def __post_init__(self) -> None:
         if self.samples_per_shard < 1:
@@ -158,6 +162,8 @@ class ShardOptions:
             raise ConfigError("transcode is never, but short_side and fps need clips to be encoded anew")
         if self.transcode == "never" and self.cutting.stride_seconds is not None:
             raise ConfigError("transcode is never, so clips begin and end at key frames: leave clip_stride_seconds out")
+        if self.decode not in ("none", "first", "all"):
+            raise ConfigError(f"decode is {self.decode!r}, it has to be none, first or all")
         if not 0.0 <= self.val_share < 1.0:
             raise ConfigError(f"val_share is {self.val_share}, it has to be from 0 to below 1")
         if self.val_share and self.cutting.val_tail:

@@ -70,18 +70,18 @@ def opened(source: Source, remote: Remote) -> Iterator[SourceFile]:
     try:
         file, before = _open(source.path)
     except (OSError, ValueError) as err:
-        raise _unreadable(source, err) from err
+        raise unreadable(source, err) from err
     with file:
         check_listed(source, before.st_size, local_version(before))
         try:
             data = _contents(file, before.st_size)
         except (OSError, ValueError) as err:
-            raise _unreadable(source, err) from err
+            raise unreadable(source, err) from err
         yield SourceFile(data, before.st_size, source.path)
         try:
             after = os.stat(source.path)
         except OSError as err:
-            raise _unreadable(source, err) from err
+            raise unreadable(source, err) from err
         if _identity(before) != _identity(after):
             raise SampleError(f"{source.source} was written to while it was read: it was changed")
 
@@ -180,7 +180,7 @@ def _remote_file(source: Source, remote: Remote) -> SourceFile:
     except (OSError, ValueError, ShardError) as err:
         if isinstance(err, (ConfigError, StorageError)):  # nothing is wrong with this source
             raise
-        raise _unreadable(source, err) from err
+        raise unreadable(source, err) from err
     _kept = _Kept(source.path, source.size, source.version, remote, file)
     return file
 
@@ -258,7 +258,8 @@ def _identity(facts: os.stat_result) -> tuple[int, ...]:
     return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
-def _unreadable(source: Source, err: Exception) -> SampleError:
+def unreadable(source: Source, err: Exception) -> SampleError:
+    """That a source cannot be read, and why."""
     return SampleError(f"{source.source} cannot be read ({without_secrets(_words(err), source.path)})")
 
 

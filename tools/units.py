@@ -10,11 +10,10 @@ import os
 import re
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, count, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,16 @@ from framestream.pipeline.remote import Remote
 from framestream.pipeline.shard_index import ShardIndex
 from framestream.pipeline.shard_writer import FOLDER_INDEX, TarShard
 
-from .making import ClipTask, MadeClip, members_of
+from .making import ClipTask, MadeClip, known_clip
 from .output import Output
 from .plan_store import PlannedShard, PlanStore
 from .pool import Failure, WorkerPool
 from .set_files import LISTS
 from .shard_options import ShardOptions
+from .side_by_side import side_by_side
 
 NOTE_VERSION = 2
-COPIED_AHEAD = 2  # whole files that are read while one before them is written
-COPIED_AHEAD_BYTES = 512 << 20  # of all of these; a larger file is alone, as the room for temporary files may be small
+COPIED_AT_ONCE = 4  # shards of whole files, each of which a remote output has to keep as a temporary file meanwhile
 
 
 @dataclass(frozen=True)
@@ -103,14 +102,44 @@ def units_of(plan: PlanStore, shards: Iterable[PlannedShard], options: ShardOpti
 def write_units(
     units: Iterable[Unit], output: Output, pool: WorkerPool[Any, Any], *, reject_unfetched: bool = False
 ) -> Iterator[Step]:
-    """Make units in `pool`, clips of several at a time, and write their shards one after the other.
-
-    Whole files are read here, in a thread that is ahead of the writing: what both do for most of the time, hashing,
-    goes on side by side.
+    """Make units. A unit of nothing but whole files of which all is known is copied here, several side by side, in
+    threads; the clips of others are made in `pool`, and written here one unit after the other.
 
     A clip whose decoder crashes or hangs is lost, and nothing else is. A unit of which a source could not be fetched
     is given up, or with `reject_unfetched` its clips are lost.
     """
+    with tempfile.TemporaryDirectory(prefix="framestream-") as scratch:
+        folders = (Path(scratch, str(number)) for number in count())
+        for whole, some in groupby(units, key=_is_copied):
+            if whole:
+                copies = (_copied(unit, output, next(folders), reject_unfetched) for unit in some)
+                yield from side_by_side(copies, min(pool.workers + 1, COPIED_AT_ONCE))
+            else:
+                yield from _made(some, output, pool, next(folders), reject_unfetched)
+
+
+def _is_copied(unit: Unit) -> bool:
+    return all(task.is_known for task in unit.tasks)
+
+
+def _copied(unit: Unit, output: Output, scratch: Path, reject_unfetched: bool) -> Generator[Step, None, None]:
+    """Write a unit of files that are copied whole."""
+    results = ((task, _or_failure(task)) for task in unit.tasks)
+    yield from _written(unit, results, output, scratch, reject_unfetched)
+    scratch.rmdir()
+
+
+def _or_failure(task: ClipTask) -> MadeClip | Failure:
+    try:
+        return known_clip(task)
+    except SampleError as err:
+        return Failure(str(err))
+
+
+def _made(
+    units: Iterable[Unit], output: Output, pool: WorkerPool[Any, Any], scratch: Path, reject_unfetched: bool
+) -> Iterator[Step]:
+    """Make units in `pool`, clips of several at a time, and write their shards one after the other."""
     begun: deque[Unit] = deque()
 
     def tasks() -> Iterator[ClipTask]:
@@ -118,36 +147,28 @@ def write_units(
             begun.append(unit)
             yield from unit.tasks
 
-    with tempfile.TemporaryDirectory(prefix="framestream-") as scratch, ThreadPoolExecutor(1) as reader:
-        results = pool.map(tasks())
-        for first in results:
-            unit = begun.popleft()
-            with _writing(unit, output, Path(scratch), reader, reject_unfetched) as writer:
-                for task, result in chain([first], islice(results, len(unit.tasks) - 1)):
-                    while writer.waiting and writer.waiting_bytes + _copied_bytes(result) > COPIED_AHEAD_BYTES:
-                        yield Step(1, writer.add())
-                    writer.take(task, result)
-                    while len(writer.waiting) > COPIED_AHEAD or (writer.waiting and writer.waiting[0].copied is None):
-                        yield Step(1, writer.add())
-                while writer.waiting:
-                    yield Step(1, writer.add())
-                unfetched = writer.unfetched
-                outcome = None if unfetched else writer.close()
-            yield Step(outcome=outcome, unfetched=unfetched)
+    results = pool.map(tasks())
+    for first in results:
+        unit = begun.popleft()
+        own = chain([first], islice(results, len(unit.tasks) - 1))
+        yield from _written(unit, own, output, scratch, reject_unfetched)
 
 
-@dataclass(frozen=True)
-class _Waiting:
-    """A result whose turn to be written comes, and the members that are being read for it."""
-
-    task: ClipTask
-    result: MadeClip | Failure
-    copied: Future[dict[str, bytes | memoryview]] | None
-
-
-def _copied_bytes(result: MadeClip | Failure) -> int:
-    """Of the file that is read for it."""
-    return result.whole.num_bytes if isinstance(result, MadeClip) and result.whole is not None else 0
+def _written(
+    unit: Unit,
+    results: Iterator[tuple[ClipTask, MadeClip | Failure]],
+    output: Output,
+    scratch: Path,
+    reject_unfetched: bool,
+) -> Iterator[Step]:
+    """Write the shard of a unit out of what has become of its clips."""
+    scratch.mkdir(exist_ok=True)
+    with _writing(unit, output, scratch, reject_unfetched) as writer:
+        for task, result in results:
+            yield Step(1, writer.add(task, result))
+        unfetched = writer.unfetched
+        outcome = None if unfetched else writer.close()
+    yield Step(outcome=outcome, unfetched=unfetched)
 
 
 @dataclass
@@ -155,28 +176,14 @@ class _Writer:
     unit: Unit
     output: Output
     scratch: Path
-    reader: ThreadPoolExecutor
     reject_unfetched: bool
     tar: TarShard | None = None
     seconds: float = 0.0
     lost: list[tuple[str, str]] = field(default_factory=list)
     unfetched: str = ""
-    waiting: deque[_Waiting] = field(default_factory=deque)
 
-    @property
-    def waiting_bytes(self) -> int:
-        return sum(_copied_bytes(each.result) for each in self.waiting)
-
-    def take(self, task: ClipTask, result: MadeClip | Failure) -> None:
-        """The next clip; `add` writes it, in its turn."""
-        copied = None
-        if isinstance(result, MadeClip) and result.whole is not None and not self.unfetched:
-            copied = self.reader.submit(members_of, result.whole, self.scratch / "whole")
-        self.waiting.append(_Waiting(task, result, copied))
-
-    def add(self) -> int:
-        """Keep the clip whose turn it is; return 1 where it is lost."""
-        task, result, copied = (waiting := self.waiting.popleft()).task, waiting.result, waiting.copied
+    def add(self, task: ClipTask, result: MadeClip | Failure) -> int:
+        """Keep a clip; return 1 where it is lost."""
         if isinstance(result, Failure):
             if result.storage and not self.reject_unfetched:
                 self.unfetched = self.unfetched or result.reason
@@ -185,16 +192,13 @@ class _Writer:
             return 1
         if self.unfetched:
             return 0
-        members: Mapping[str, bytes | memoryview] = result.members
-        if copied is not None:
-            try:
-                members = copied.result()
-            except SampleError as err:
-                self.lost.append((task.clip.key, str(err)))
-                return 1
         if self.tar is None:
             self.tar = self.output.tar(f"{self.unit.name}.tar", self.scratch)
-        self.tar.add(task.clip.key, members)
+        try:
+            self.tar.add(task.clip.key, result.members)
+        except SampleError as err:  # of a file that is read only now
+            self.lost.append((task.clip.key, str(err)))
+            return 1
         self.seconds += result.seconds
         return 0
 
@@ -206,25 +210,22 @@ class _Writer:
             "seconds": round(self.seconds, 3),
             "lost": [list(each) for each in lost],
         }
-        if self.tar is None:  # an empty tar would only be in the readers' way
+        tar, self.tar = self.tar, None
+        if tar is None or not tar.num_samples:  # an empty tar would only be in the readers' way
+            if tar is not None:
+                tar.discard()
             self.output.write(_lost_file(self.unit.name), json.dumps(note, ensure_ascii=False).encode() + b"\n")
             return Outcome(self.unit.name, 0, 0, "", 0.0, lost)
-        tar, self.tar = self.tar, None
         index = self.output.publish(tar, f"{self.unit.name}.tar", note)
         return _outcome(self.unit.name, index)
 
 
 @contextmanager
-def _writing(
-    unit: Unit, output: Output, scratch: Path, reader: ThreadPoolExecutor, reject_unfetched: bool
-) -> Iterator[_Writer]:
-    writer = _Writer(unit, output, scratch, reader, reject_unfetched)
+def _writing(unit: Unit, output: Output, scratch: Path, reject_unfetched: bool) -> Iterator[_Writer]:
+    writer = _Writer(unit, output, scratch, reject_unfetched)
     try:
         yield writer
     finally:
-        for waiting in writer.waiting:
-            if waiting.copied is not None:
-                waiting.copied.cancel()
         if writer.tar is not None:
             writer.tar.discard()
 

@@ -1,0 +1,63 @@
+"""A local file that becomes a sample's video as it is: read when its shard is written, a block at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from framestream.pipeline.errors import SampleError
+from framestream.pipeline.probe import VideoInfo
+
+from .clips import Clip
+from .inputs import Source
+from .source_file import check_listed, unreadable
+from .trees import local_version
+
+BLOCK_BYTES = 1 << 20  # of which each is hashed twice and written while it is in the processor's cache
+
+
+@dataclass(frozen=True)
+class WholeFile:
+    """A member of a tar (`StreamedMember`) whose bytes stay where they are until it is their turn.
+
+    Attributes:
+        info: the video.
+        ext: its extension, without dot.
+        num_bytes: of the file.
+        sha256: of its bytes when it was looked at, in hexadecimal.
+    """
+
+    clip: Clip
+    info: VideoInfo
+    ext: str
+    num_bytes: int
+    sha256: str
+
+    @property
+    def source(self) -> Source:
+        return self.clip.source
+
+    def blocks(self) -> Iterator[memoryview]:
+        """The bytes, in order; each block is good until the next.
+
+        The file is read and not mapped: a map of somebody's file ends the process when that is cut short.
+
+        Raises:
+            SampleError: it cannot be read any more, or is not what was looked at; at the latest behind the last block.
+        """
+        digest, room, left = hashlib.sha256(), memoryview(bytearray(BLOCK_BYTES)), self.num_bytes
+        try:
+            with open(self.source.path, "rb", buffering=0) as file:
+                facts = os.fstat(file.fileno())
+                check_listed(self.source, facts.st_size, local_version(facts))
+                while size := file.readinto(room[: min(left + 1, BLOCK_BYTES)]):
+                    if (left := left - size) < 0:
+                        break
+                    digest.update(room[:size])
+                    yield room[:size]
+        except OSError as err:
+            raise unreadable(self.source, err) from err
+        if left or digest.hexdigest() != self.sha256:
+            raise SampleError(f"{self.source.source} was written to while it was read: it was changed")
