@@ -174,6 +174,7 @@ def probe_video(
     timeout_s: float = 120.0,
     packets: bool = False,
     known: VideoInfo | None = None,
+    compare: bool = True,
 ) -> VideoInfo:
     """Look at a video: one pass over its packets, and its first key frame decoded for the size as displayed.
 
@@ -182,8 +183,9 @@ def probe_video(
         name: how errors call it; the path by default.
         timeout_s: give up after so long.
         packets: find out where its packets lie, too, so that decoding need not look again; reads the whole file.
-        known: what an earlier look at the same file found. Another video is refused, and of two looks at the first
-            picture one is spared.
+        known: what an earlier look at the same file found. Another video is refused.
+        compare: with `packets`, decode the first picture by the places that were found as well, and compare: not needed
+            of files made here, or of known ones.
     Raises:
         DecodeError: there is no video in it, none of which every frame could be had, or another one than is known.
     """
@@ -191,14 +193,19 @@ def probe_video(
         name = name or str(source)
         try:
             with open(source, "rb") as file:
-                return _probe(file.read() if packets else file, name, timeout_s, packets, known)
+                return _probe(file.read() if packets else file, name, timeout_s, packets, known, compare)
         except OSError as err:
             raise DecodeError(f"{name}: cannot be read ({err.strerror or err}).") from err
-    return _probe(source, name, timeout_s, packets, known)
+    return _probe(source, name, timeout_s, packets, known, compare)
 
 
 def _probe(
-    source: bytes | memoryview | BinaryIO, name: str, timeout_s: float, packets: bool, known: VideoInfo | None
+    source: bytes | memoryview | BinaryIO,
+    name: str,
+    timeout_s: float,
+    packets: bool,
+    known: VideoInfo | None,
+    compare: bool,
 ) -> VideoInfo:
     from .buffer_file import buffer_file
     from .indexed import with_index
@@ -208,7 +215,7 @@ def _probe(
     deadline = Deadline(timeout_s, name)
     data = source if isinstance(source, (bytes, memoryview)) else None
     file = source if not isinstance(source, (bytes, memoryview)) else buffer_file(source)
-    table = read_packets(file, name=name, deadline=deadline, keep=False, data=data if packets else None)
+    table = read_packets(file, name=name, deadline=deadline, keep=False, data=data if packets else None, quick=True)
     try:
         frame = table.first_frame(deadline)
         info = info_of(table, frame)
@@ -218,7 +225,7 @@ def _probe(
             )
         if data is None or not packets:
             return info
-        return with_index(data, info, table, frame, deadline, check=known is None)
+        return with_index(data, info, table, frame, deadline, check=compare and known is None)
     finally:
         table.close()
 

@@ -14,7 +14,7 @@ from framestream.tools.cli import main
 
 def test_shard_is_measured_beside_the_plain_tools(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     facts = bench_shard(tmp_path, 1, num_clips=1, seconds=8, height=96, workers=1)
-    assert len(facts["rows"]) == 4
+    assert len(facts["rows"]) == 6
     for row in facts["rows"]:
         assert row["ms"][OURS] > 0
         if PLAIN in row["ms"]:

@@ -37,8 +37,9 @@ FFMPEG, TAR = "ffmpeg", "Python's tarfile"  # which are the plain tools
 NUM_CLIPS, SECONDS, HEIGHT, GOP = 4, 20, 720, 60
 ENCODING = Encoding(short_side=256, gop=16)
 _PART_S = 4  # a multiple of the groups of pictures
-# What is cut is given so often, what is copied whole so often, under other names; so often in one long file.
-_LINKS, _COPIES, _REPEATED = 8, 80, 5
+# What is encoded is given so often, what is cut so often, what is copied whole so often, under other names; so often in
+# one long file.
+_ENCODED, _LINKS, _COPIES, _REPEATED = 2, 8, 80, 5
 _COPIED_SHARDS = 8  # of whole files, in each of which the same number is
 _CASES = 6
 _ENCODINGS = 3  # rounds at most of what takes longest
@@ -92,8 +93,9 @@ def bench_shard(
         advance(num_clips + _CASES * 2 * repeats, "")
     megabytes = sum(clip.stat().st_size for clip in clips) / 1e6
     print(
-        f"{num_clips} videos of {seconds} s and {height} lines, {megabytes:.1f} MB together, {workers} processes; cut "
-        f"into parts: {_LINKS} times; copied whole: {_COPIES} times, as short files or as long ones"
+        f"{num_clips} videos of {seconds} s and {height} lines, {megabytes:.1f} MB together, {workers} processes; "
+        f"encoded: {_ENCODED} times; cut into parts: {_LINKS} times; copied whole: {_COPIES} times, as short files or "
+        "as long ones"
     )
     print_milliseconds("shard: median milliseconds", rows, (OURS, PLAIN))
     print_ratios("how fast framestream is: time of the plain tool over its own, median over rounds", rows)
@@ -109,7 +111,8 @@ class _Bench:
     """The candidates; each gives the milliseconds that it took."""
 
     def __init__(self, clips: Sequence[Path], folder: Path, seconds: int, workers: int) -> None:
-        self.clips, self.target, self.seconds, self.workers = clips, folder / "shards", seconds, workers
+        self.target, self.seconds, self.workers = folder / "shards", seconds, workers
+        self.encoded = _linked(clips, _ENCODED, folder / "clips" / "encoded")
         self.many = _linked(clips, _LINKS, folder / "clips" / "many")
         self.short = _linked(clips, _COPIES, folder / "clips" / "short")
         long = [_repeated(clip, folder / "clips" / "long") for clip in clips]
@@ -119,15 +122,15 @@ class _Bench:
         cut = Cutting(clip_seconds=float(_PART_S))
         return {
             f"encoding, {self.workers} at a time, {FFMPEG}": {
-                OURS: lambda: self._ours(self.clips, ShardOptions(transcode="always", encoding=ENCODING), self.workers),
-                PLAIN: lambda: self._ffmpeg(self.clips, self._encode),
+                OURS: lambda: self._ours(self.encoded, ShardOptions(transcode="always", encoding=ENCODING)),
+                PLAIN: lambda: self._ffmpeg(self.encoded, self._encode),
             },
             **{
                 f"{what}, {self.workers} at a time, {TAR}": {OURS: ours, PLAIN: plain}
                 for what, (ours, plain) in self._copies().items()
             },
             f"parts of {_PART_S} s, {self.workers} at a time, {FFMPEG}": {
-                OURS: lambda: self._ours(self.many, ShardOptions(transcode="never", cutting=cut), self.workers),
+                OURS: lambda: self._ours(self.many, ShardOptions(transcode="never", cutting=cut)),
                 PLAIN: lambda: self._ffmpeg(self.many, self._cut),
             },
         }
@@ -143,7 +146,7 @@ class _Bench:
 
     def _copy(self, files: Sequence[Path], decode: Decode, planned: bool = False) -> float:
         options = ShardOptions(-(-len(files) // _COPIED_SHARDS), transcode="never", decode=decode)
-        return self._ours(files, options, self.workers, planned=planned)
+        return self._ours(files, options, planned=planned)
 
     def _timed(self, work: Callable[[], None], before: Callable[[], None] | None = None) -> float:
         """From an empty folder on, or one in which `before` has been at work; neither is timed."""
@@ -156,19 +159,19 @@ class _Bench:
         work()
         return (time.perf_counter() - start) * 1e3
 
-    def _ours(self, clips: Sequence[Path], options: ShardOptions, workers: int, *, planned: bool = False) -> float:
+    def _ours(self, clips: Sequence[Path], options: ShardOptions, *, planned: bool = False) -> float:
         """With `planned` from the plan on, which is there already."""
         parts = self.seconds // _PART_S if options.cutting.clip_seconds else 1
 
         def work() -> None:
-            job = shard_job(self.target, options, workers=workers)
+            job = shard_job(self.target, options, workers=self.workers)
             with job.alone():
                 report = run(job, [str(clip) for clip in clips])
             if not isinstance(report, ShardReport) or report.clips["written"] != parts * len(clips):
                 raise ConfigError(f"Not every clip became a sample: {report}.")
 
         def plan() -> None:
-            job = shard_job(self.target, options, workers=workers)
+            job = shard_job(self.target, options, workers=self.workers)
             with job.alone():
                 run(job, [str(clip) for clip in clips], plan_only=True)
 
