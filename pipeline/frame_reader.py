@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from .arrivals import Arrivals
 from .bitstream import begins_afresh, leaves_out_safely
+from .decode_pass import DecodePass, DecodeStats
 from .errors import DecodeError
 from .file_parts import FileParts
 from .indexed import packet_table
@@ -18,14 +18,7 @@ from .packet_table import Deadline, check_size, label
 from .picture import Orientation, orientation
 from .probe import VideoInfo
 
-
-@dataclass
-class DecodeStats:
-    """Work that a decoder has done so far: packets fed to it, runs begun at a key frame, pictures converted."""
-
-    packets: int = 0
-    runs: int = 0
-    pictures: int = 0
+LONG_LEAD = 300  # packets before the first one wanted, which is more than encoders put between key frames unasked
 
 
 class FrameReader:
@@ -58,6 +51,7 @@ class FrameReader:
         self.key_frames = self.table.key_frames
         self._stored: tuple[int, int] | None = None
         self._laid: Orientation | None = None
+        self._pass: DecodePass | None = None
 
     def pictures(self, indices: Sequence[int]) -> Generator[tuple[int, Any, Orientation], None, None]:
         """The frames at rising `indices`, one at a time as they are stored: (index, PyAV frame, how it is to be laid).
@@ -73,33 +67,52 @@ class FrameReader:
             raise ValueError(f"{label(self.name)}: pictures come in their order, but the indices do not rise")
         for run in self.table.order.runs(wanted.tolist()):
             deadline = Deadline(self.timeout_s, self.name)
-            for index, frame in self._collected(run, deadline):
+            for index, frame in self._collected(run, deadline, onward=True):
                 yield index, frame, self._look(frame, index)
                 deadline.renew()
 
-    def _collected(self, run: Run, deadline: Deadline) -> Iterator[tuple[int, Any]]:
+    def _collected(self, run: Run, deadline: Deadline, *, onward: bool = False) -> Iterator[tuple[int, Any]]:
         """Decode a run, and from an earlier key packet on where that was not enough.
+
+        With `onward` more may be asked for later: what takes a long way is then not begun anew each time. Packets
+        behind the run are needed for that.
 
         Some streams mark packets as key that only begin a gradual refresh, after which pictures are complete. Others
         begin open groups of pictures that manage references from before them, which is an error without those.
         """
         order = self.table.order
+        if onward and self._pass is not None and self._pass.serves(run):
+            yield from self._pass.frames(run, deadline)
+            return
         last = -1  # that was given out
         starts = self._starts(int(np.searchsorted(order.keys, run.packets[0])))
         start: int | None = next(starts)
         while start is not None:
+            following = next(starts, None)
+            if self._pass is not None:
+                self._pass.end()
+            self._pass, decoded = None, self._decoded
+            if onward and following is None and self._leads_far(run):
+                self._pass = DecodePass(
+                    self.table, self.name, run.packets[0], leaves_out=self._leaves_out, stats=self.stats
+                )
+                decoded = self._pass.frames
             try:
-                for index, frame in self._decoded(run, deadline):
+                for index, frame in decoded(run, deadline):
                     if index > last:
                         yield index, frame
                         last = index
                 return
             except DecodeError:
                 deadline.check()
-                start = next(starts, None)
-                if start is None:
+                if following is None:
                     raise
+                start = following
                 run = order.run_from(int(order.keys[start]), run.frames)
+
+    def _leads_far(self, run: Run) -> bool:
+        order = self.table.order
+        return order.ordered and int(order.position[run.frames[0]]) - run.packets[0] > LONG_LEAD
 
     def _starts(self, key: int) -> Iterator[int]:
         """Key packets, counted, from which decoding may begin to get what follows key packet `key`: each earlier than
@@ -126,7 +139,7 @@ class FrameReader:
         table, wanted, ordered = self.table, set(run.frames), self.table.ordered
         context = table.source.codec()
         self.stats.runs += 1
-        came = _Came(self.name, ordered, run.frames)
+        came = Arrivals(self.name, ordered, run.frames)
         try:
             for position, index in zip(run.packets, table.order.rank[run.packets].tolist(), strict=True):
                 deadline.check()
@@ -169,6 +182,7 @@ class FrameReader:
         return laid
 
     def close(self) -> None:
+        self._pass = None
         self.table.close()
 
 
@@ -181,51 +195,3 @@ def check_indices(indices: Sequence[int], num_frames: int, name: str) -> np.ndar
     if len(outside):
         raise DecodeError(f"{name or 'the video'}: frame {outside[0]} was asked for, but it has {num_frames} frames.")
     return wanted
-
-
-class _Came:
-    """Which frames of a run have come out of the decoder, and which are still to come. They come as they are shown.
-
-    Args:
-        frames: indices that have to come, rising.
-    """
-
-    def __init__(self, name: str, ordered: bool, frames: Sequence[int]) -> None:
-        self.name, self.ordered = name, ordered
-        self.last = -1
-        self._count = 0
-        self._expected = list(frames)  # a heap
-
-    def expect(self, index: int) -> None:
-        """One more that has to come."""
-        heapq.heappush(self._expected, index)
-
-    def index_of(self, frame: Any) -> int:
-        """The index of a frame that has come, -1 for one that an edit list hides. Raises DecodeError where it is
-        damaged, comes at the wrong time, or in place of one that has not come."""
-        # Where the container does not order its frames, the order in which they come does.
-        index = frame.pts if self.ordered else self._count
-        if frame.is_corrupt:
-            raise DecodeError(f"{label(self.name)}: the decoder says that frame {index} is damaged.")
-        if index is None:
-            return -1
-        if index <= self.last:
-            raise DecodeError(
-                f"{label(self.name)}: the decoder shows frame {index} after frame {self.last}, so the times in the "
-                "container, or the pictures, are damaged."
-            )
-        self.check(index)
-        if self._expected and self._expected[0] == index:
-            heapq.heappop(self._expected)
-        self.last = index
-        self._count += 1
-        return int(index)
-
-    def check(self, before: int) -> None:
-        """Raise DecodeError where a frame before this one was to come, and has not."""
-        if self._expected and self._expected[0] < before:
-            missing = [index for index in self._expected if index < before]
-            raise DecodeError(
-                f"{label(self.name)}: {len(missing)} frames did not come out of the decoder, frame {min(missing)} "
-                "first; the packets on the way to it, or the times in the container, are damaged."
-            )
