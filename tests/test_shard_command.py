@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from framestream.pipeline.probe import probe_video
 from framestream.tools.cli import main
 
 from shard_setup import make_folder, samples, tree, write_jsonl
@@ -53,6 +54,32 @@ def test_a_dry_run_writes_nothing_and_its_estimates_come_true(
     assert 0.5 < expected["num_bytes"] / sum(len(s.video) for s in samples(out)) < 2
     assert expected["making_s"] > 0
     assert any("broken.mp4" in reason for reason in expected["reasons"])
+
+
+def test_a_split_that_stays_empty_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    video = make_video(tmp_path / "a.mp4", num_frames=24, size=(64, 48))
+    for share, said in ((0.01, "no clip came into val: hold out more"), (0.99, "no clip came into train")):
+        assert run(video, "--output", tmp_path / str(share), "--val-share", share, "--log", "plain") == 0
+        assert said in capsys.readouterr().out
+    assert run(video, "--output", tmp_path / "whole", "--log", "plain") == 0
+    assert "no clip came" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("decode", "rejected"), [("none", 0), ("first", 0), ("all", 1)])
+def test_how_much_is_decoded_decides_what_is_rejected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], decode: str, rejected: int
+) -> None:
+    video = make_video(tmp_path / "a.mp4", num_frames=24, gop=8, b_frames=0, size=(320, 192))
+    places = probe_video(video, packets=True).packets
+    assert places is not None
+    data = bytearray(video.read_bytes())
+    end = int(places.offset[8] + places.size[8])  # of a key frame in the middle
+    data[end - 1000 : end] = bytes(range(1, 251)) * 4
+    video.write_bytes(data)
+    assert run(video, "--output", tmp_path / "out", "--decode", decode, "--log", "json") == 0
+    inputs = json.loads(capsys.readouterr().out)["inputs"]
+    assert (inputs["sampled"], inputs["rejected"]) == (1 - rejected, rejected)
+    assert [("a.mp4" in line["reason"]) for line in lines_of(tmp_path / "out" / "rejects.jsonl")] == [True] * rejected
 
 
 def test_a_dry_run_in_words(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

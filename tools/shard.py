@@ -230,6 +230,8 @@ def summary(report: ShardReport, output: str) -> list[str]:
         lines.append(f"  {first['reason']}")
     if not clips["written"]:
         lines.append("no sample was written")
+    elif empty := [split for split, facts in report.splits.items() if not facts["samples"]]:
+        lines.append(f"no clip came into {' or '.join(empty)}: hold out more, or take more videos")
     return lines
 
 
