@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import register_pytree_node
 
 from framestream.pipeline.errors import ConfigError, LeakError
 from framestream.pipeline.layout import next_frame_targets
 from framestream.pipeline.masks import FrameMask, leaking_targets
-from framestream.pipeline.sampling import FAST, SLOW, DenseSampling, FastSlowSampling, Sampling
+from framestream.pipeline.sampling import FAST, DenseSampling, FastSlowSampling, Sampling
 
 from .attention import AttentionPlan
 from .clips import PreparedClips, frames_at, layouts_of, unique_frames
-from .geometry import Grid, PatchPlaces, squarest_grid
+from .geometry import squarest_grid
 from .mask_choice import choose_mask
-from .pooling import Pool
+from .pooling import Pool, StreamPools
 from .predictor import FramePredictor
 from .reconstruction_config import ReconstructionConfig
+from .reconstruction_output import ReconstructionOutput
 from .towers import FrozenTower
 
 if TYPE_CHECKING:
@@ -41,39 +40,6 @@ __all__ = [
     "ReconstructionOutput",
     "create_autoregressive_reconstruction_module",
 ]
-
-
-@dataclass
-class ReconstructionOutput:
-    """What one forward pass found out. B clips of F frames.
-
-    Attributes:
-        loss: scalar, already times `loss_weight`; with `rollout_steps`, in train mode, with the rollout's error.
-        frame_error: float32 `[B, F]`, error of the prediction made at each frame, mean over patches and channels, in
-            the units of the loss without its weight; NaN where the frame has no target, or one left out as leaking.
-        copy_last_error: the same for predicting that nothing changes.
-        leaking_targets: how many targets the mask lets their query see.
-        targets: how many targets are in the loss. With none the loss is 0, and still part of the graph.
-        predictions: `[B, F, P, D]`, what each frame predicts of its next; where streams have fewer patches than
-            P, zeros fill up.
-    """
-
-    loss: Tensor
-    frame_error: Tensor
-    copy_last_error: Tensor
-    leaking_targets: int
-    targets: int
-    predictions: Tensor
-
-
-# Wrappers such as FSDP2 hook the tensors of a module's output, and find them only in types that torch knows. The
-# public name for this, torch.export.register_dataclass, would cost every import a second and a half.
-register_pytree_node(
-    ReconstructionOutput,
-    lambda output: ([getattr(output, field.name) for field in fields(output)], None),
-    lambda values, _: ReconstructionOutput(*values),
-    serialized_type_name="framestream.ReconstructionOutput",
-)
 
 
 class AutoregressiveReconstruction(nn.Module):
@@ -108,7 +74,7 @@ class AutoregressiveReconstruction(nn.Module):
         self.tower = FrozenTower(vision_tower)
         if self.tower.tower.dim is not None:
             self._check_dim(self.tower.tower.dim)
-        self.pools = {SLOW: Pool.parse(config.slow_pool), FAST: Pool.parse(config.fast_pool)}
+        self.pools = StreamPools(Pool.parse(config.slow_pool), Pool.parse(config.fast_pool))
         self.predictor = FramePredictor(
             config.embedding_dim,
             config.num_heads,
@@ -262,7 +228,7 @@ class AutoregressiveReconstruction(nn.Module):
         embedded = self.encode(frames, facts[0], facts[2].bool(), clip)
         grid = self.tower.tower.grid or squarest_grid(embedded.shape[2])
         stream = batch["frame_stream"].to(embedded.device).long()
-        embeddings, patches, grids = self._pool(embedded, stream, grid)
+        embeddings, patches, grids = self.pools(embedded, stream, grid)
         if self.config.target_norm:
             embeddings = F.layer_norm(embeddings, embeddings.shape[-1:])
         # Whatever stands in padding, NaN even, reaches nothing.
@@ -367,29 +333,6 @@ class AutoregressiveReconstruction(nn.Module):
             c.slow_stride,
             slow_coverage=c.slow_coverage,  # type: ignore[arg-type]
         )
-
-    def _pool(
-        self, embedded: Tensor, stream: Tensor, grid: Grid
-    ) -> tuple[Tensor, tuple[int, int], dict[int, PatchPlaces]]:
-        """`[B, F, P, D]` pooled as each frame's stream wants it, padded; tokens of (slow, fast); where they stand."""
-        places = {kind: pool.places(grid) for kind, pool in self.pools.items()}
-        slow_count, fast_count = (len(places[kind].rows) * len(places[kind].columns) for kind in (SLOW, FAST))
-        counts = (slow_count, fast_count)
-        known = {counts[SLOW]: places[SLOW], counts[FAST]: places[FAST]}
-        if counts[SLOW] == counts[FAST] and places[SLOW] != places[FAST]:
-            raise ConfigError(
-                f"slow_pool {self.config.slow_pool!r} and fast_pool {self.config.fast_pool!r} leave {counts[FAST]} "
-                f"patches each of a grid of {grid[0]} x {grid[1]}, at different places: pool both streams alike, or to "
-                "different sizes"
-            )
-        flat = embedded.flatten(0, 1)
-        if self.pools[SLOW] == self.pools[FAST]:
-            return self.pools[FAST](flat, grid).unflatten(0, stream.shape), counts, known
-        slow, fast = (
-            F.pad(self.pools[kind](flat, grid), (0, 0, 0, max(counts) - counts[kind])) for kind in (SLOW, FAST)
-        )
-        chosen = torch.where((stream == SLOW).reshape(-1, 1, 1), slow, fast)
-        return chosen.unflatten(0, stream.shape), counts, known
 
     def _report_leaks(self, leaking: int) -> None:
         if not leaking:

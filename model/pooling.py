@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from framestream.pipeline.errors import ConfigError
+from framestream.pipeline.sampling import SLOW
 
 from .geometry import IMAGE_UNITS, Grid, PatchPlaces, even_centres
 
@@ -19,6 +22,9 @@ class Pool(NamedTuple):
 
     kind: str = "average"
     factor: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.factor}"
 
     @classmethod
     def parse(cls, value: str | int | None, name: str = "pool") -> Pool:
@@ -70,3 +76,43 @@ class Pool(NamedTuple):
         else:
             x = F.interpolate(x, size=(rows, columns), mode="bilinear", align_corners=False)
         return x.flatten(2).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class StreamPools:
+    """How the frames of each stream are pooled."""
+
+    slow: Pool
+    fast: Pool
+
+    def __call__(
+        self, patches: Tensor, stream: Tensor, grid: Grid
+    ) -> tuple[Tensor, tuple[int, int], dict[int, PatchPlaces]]:
+        """Pool each frame as its stream wants it.
+
+        Args:
+            patches: `[B, F, h * w, D]`.
+            stream: `[B, F]`, 0 slow, 1 fast.
+        Returns:
+            `[B, F, P, D]`, with zeros behind a stream of fewer patches than P; patches of (slow, fast); where patches
+            stand, by how many there are.
+        Raises:
+            ConfigError: both leave as many patches at different places, so that their number does not tell them apart.
+        """
+        places = self.slow.places(grid), self.fast.places(grid)
+        slow_count, fast_count = (len(each.rows) * len(each.columns) for each in places)
+        if slow_count == fast_count and places[0] != places[1]:
+            raise ConfigError(
+                f"slow_pool {self.slow} and fast_pool {self.fast} leave {fast_count} patches each of a grid of "
+                f"{grid[0]} x {grid[1]}, at different places: pool both streams alike, or to different sizes"
+            )
+        counts, known = (slow_count, fast_count), {slow_count: places[0], fast_count: places[1]}
+        flat = patches.flatten(0, 1)
+        if self.slow == self.fast:
+            return self.fast(flat, grid).unflatten(0, stream.shape), counts, known
+        slow, fast = (
+            F.pad(pool(flat, grid), (0, 0, 0, max(counts) - count))
+            for pool, count in zip((self.slow, self.fast), counts, strict=True)
+        )
+        chosen = torch.where((stream == SLOW).reshape(-1, 1, 1), slow, fast)
+        return chosen.unflatten(0, stream.shape), counts, known

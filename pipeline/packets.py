@@ -67,7 +67,8 @@ def read_packets(
             f"{label(name)}: not a readable video file ({reason_of(err)}); mp4, mov, mkv, webm, avi and ts are."
         ) from err
     try:
-        return _table(container, name, deadline, keep, data, digest)
+        stream = _video_stream(container, name)
+        return _table(container, stream, _demux(container, stream, name, deadline, keep, data, digest), name)
     except (av.error.FFmpegError, ValueError, OverflowError) as err:
         container.close()
         raise DecodeError(f"{label(name)}: the container is damaged ({reason_of(err)}).") from err
@@ -210,17 +211,8 @@ def _has_any(items: Iterator[Any]) -> bool:
     return next(items, None) is not None
 
 
-def _table(
-    container: Any,
-    name: str,
-    deadline: Deadline,
-    keep: bool,
-    data: bytes | memoryview | None,
-    digest: hashlib._Hash | None,
-) -> PacketTable:
-    stream = _video_stream(container, name)
+def _table(container: Any, stream: Any, found: _Demuxed, name: str) -> PacketTable:
     codec = stream.codec_context.codec.canonical_name
-    found = _demux(container, stream, name, deadline, keep, data, digest)
     packets, pts, count = found.packets, found.pts, len(found.pts)
     keys = np.array(found.keys, dtype=np.int64)
     shown = np.array(found.shown, dtype=bool)
