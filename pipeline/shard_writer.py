@@ -25,6 +25,7 @@ from .shard_index import (
 )
 
 MAX_KEY_BYTES = 90  # a ustar name holds 100 bytes; the rest is for the extension
+MAX_MEMBER_BYTES = (8 << 30) - 1  # what the size field of a ustar header can say
 FOLDER_INDEX = "index.json"
 _BLOCK_BYTES = 1 << 20  # hashed and written at a time, so that they are still in the processor's cache
 _KEY = re.compile(r"[^./\\\x00-\x20\x7f][^./\\\x00-\x1f\x7f]*")
@@ -104,7 +105,8 @@ class TarShard:
         """Append one sample: extension without dot -> bytes.
 
         Raises:
-            SampleError: a member that is streamed cannot be had; the shard is as it was before.
+            SampleError: a member that is streamed cannot be had, or one has more than 8 GiB; the shard is as it was
+                before.
             ConfigError: the key has a dot, slash, control character or more than 90 bytes of UTF-8, is already in
                 this shard, or an extension is not in SAFE_EXTENSIONS.
         """
@@ -126,6 +128,10 @@ class TarShard:
         info = tarfile.TarInfo(name)
         info.size = len(member) if isinstance(member, (bytes, memoryview)) else member.num_bytes
         info.mode = 0o644
+        if info.size > MAX_MEMBER_BYTES:
+            raise SampleError(
+                f"{name} has {info.size} bytes, and a tar holds files below 8 GiB: cut it, or encode it anew"
+            )
         self._file.write(info.tobuf(tarfile.USTAR_FORMAT, tarfile.ENCODING, "surrogateescape"))
         start = self._file.written
         for block in [member] if isinstance(member, (bytes, memoryview)) else member.blocks():
