@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,7 +35,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         file.close()
         os.replace(temporary, path)
     except BaseException:
-        file.close()
+        with suppress(OSError):  # it writes what is buffered, which a full disk refuses once more
+            file.close()
         temporary.unlink(missing_ok=True)
         raise
     fsync(path.parent)

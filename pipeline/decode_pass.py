@@ -34,15 +34,17 @@ class DecodePass:
 
     Args:
         table: of a video whose frames are ordered.
-        start: the packet to begin with, at which a decoder forgets all that was before.
+        run: the first one; its first packet is one at which a decoder forgets all that was before.
         leaves_out: pictures that no other refers to, and nobody wants, need not be decoded.
         stats: counts its packets, and the pass as a run.
     """
 
-    def __init__(self, table: PacketTable, name: str, start: int, *, leaves_out: bool, stats: DecodeStats) -> None:
+    def __init__(self, table: PacketTable, name: str, run: Run, *, leaves_out: bool, stats: DecodeStats) -> None:
         self._table, self._name, self._leaves_out, self._stats = table, name, leaves_out, stats
         stats.runs += 1
-        self._position = start  # of the packet that is next
+        self._position = run.packets[0]  # of the packet that is next
+        # Leading packets of the first key packet, which refer to what is not decoded.
+        self._left_out = set(range(run.packets[0], run.packets[-1] + 1)) - set(run.packets)
         self._ahead: deque[Any] = deque()  # frames that have come and were not looked at yet
         self._last = -1  # index of the one that was looked at last
         self._usable, self._drained = True, False
@@ -50,7 +52,8 @@ class DecodePass:
     def serves(self, run: Run) -> bool:
         """Whether these frames are still to come, and soon."""
         gap = run.packets[0] - self._position
-        return self._usable and run.frames[0] > self._last and gap <= _GAP * len(run.packets)
+        most = 0 if self._table.closed_keys else _GAP * len(run.packets)
+        return self._usable and run.frames[0] > self._last and gap <= most
 
     def frames(self, run: Run, deadline: Deadline) -> Iterator[tuple[int, Any]]:
         """The frames of a run that this serves: (index, PyAV frame).
@@ -100,6 +103,8 @@ class DecodePass:
             return
         position = self._position
         self._position += 1
+        if position in self._left_out:
+            return
         self._stats.packets += 1
         index = int(self._table.order.rank[position])
         if self._leaves_out:  # what comes behind these may be wanted next

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 
-EVERY_BYTES = 64 << 20
+EVERY_BYTES, MOST_BYTES = 64 << 20, 512 << 20  # not yet synced: from which a sync begins, and at which it is waited for
 _sync = getattr(os, "fdatasync", os.fsync)
 
 
@@ -30,7 +30,7 @@ class EarlySync:
         if self._unsynced < EVERY_BYTES:
             return
         if self._running is not None:
-            if not self._running.done():
+            if not self._running.done() and self._unsynced < MOST_BYTES:
                 return
             self._running.result()
         self._running = self._thread.submit(_sync, self._descriptor)

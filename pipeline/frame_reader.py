@@ -81,10 +81,15 @@ class FrameReader:
         begin open groups of pictures that manage references from before them, which is an error without those.
         """
         order = self.table.order
-        if onward and self._pass is not None and self._pass.serves(run):
-            yield from self._pass.frames(run, deadline)
-            return
         last = -1  # that was given out
+        if onward and self._pass is not None and self._pass.serves(run):
+            try:
+                for index, frame in self._pass.frames(run, deadline):
+                    yield index, frame
+                    last = index
+                return
+            except DecodeError:  # of damage that may lie before or behind what the run needs
+                deadline.check()
         starts = self._starts(int(np.searchsorted(order.keys, run.packets[0])))
         start: int | None = next(starts)
         while start is not None:
@@ -93,9 +98,7 @@ class FrameReader:
                 self._pass.end()
             self._pass, decoded = None, self._decoded
             if onward and following is None and self._leads_far(run):
-                self._pass = DecodePass(
-                    self.table, self.name, run.packets[0], leaves_out=self._leaves_out, stats=self.stats
-                )
+                self._pass = DecodePass(self.table, self.name, run, leaves_out=self._leaves_out, stats=self.stats)
                 decoded = self._pass.frames
             try:
                 for index, frame in decoded(run, deadline):
@@ -105,6 +108,9 @@ class FrameReader:
                 return
             except DecodeError:
                 deadline.check()
+                if self._pass is not None:  # the damage may lie behind what the run needs
+                    self._pass.end()
+                    self._pass, onward, following = None, False, start
                 if following is None:
                     raise
                 start = following

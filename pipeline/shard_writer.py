@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 from .atomic import atomic_file, atomic_write
 from .early_sync import EarlySync
@@ -40,6 +40,7 @@ def to_json(content: Mapping[str, Any]) -> bytes:
         raise ConfigError(f"metadata cannot become JSON ({err}): use text, finite numbers, lists, dicts") from err
 
 
+@runtime_checkable
 class StreamedMember(Protocol):
     """A member that is read when it is written."""
 
@@ -126,7 +127,7 @@ class TarShard:
     def _append(self, name: str, member: bytes | memoryview | StreamedMember) -> tuple[int, int]:
         """Write one member; where its bytes begin, and how many they are."""
         info = tarfile.TarInfo(name)
-        info.size = len(member) if isinstance(member, (bytes, memoryview)) else member.num_bytes
+        info.size = member.num_bytes if isinstance(member, StreamedMember) else len(member)
         info.mode = 0o644
         if info.size > MAX_MEMBER_BYTES:
             raise SampleError(
@@ -134,7 +135,7 @@ class TarShard:
             )
         self._file.write(info.tobuf(tarfile.USTAR_FORMAT, tarfile.ENCODING, "surrogateescape"))
         start = self._file.written
-        for block in [member] if isinstance(member, (bytes, memoryview)) else member.blocks():
+        for block in member.blocks() if isinstance(member, StreamedMember) else [member]:
             self._file.write(block)
         if self._file.written - start != info.size:
             raise SampleError(f"{name}: {self._file.written - start} bytes came of it, expected {info.size}")

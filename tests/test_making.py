@@ -340,6 +340,15 @@ def test_a_file_that_is_gone_when_it_is_to_be_copied_is_refused(tmp_path: Path) 
         list(whole.blocks())
 
 
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "a.mp4", num_frames=4)
+    whole = whole_of(make_clip(task_of(path)))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(SampleError, match=r"a\.mp4 cannot be read \(it is no regular file"):
+        list(whole.blocks())
+
+
 def test_copying_takes_no_more_memory_than_a_few_blocks(tmp_path: Path) -> None:
     path = make_video(tmp_path / "a.mp4", num_frames=8)
     path.write_bytes(path.read_bytes() + bytes(40 << 20))

@@ -31,6 +31,13 @@ def test_every_task_has_its_outcome_in_order(workers: int) -> None:
                if task not in failures)  # fmt: skip
 
 
+def test_each_task_may_have_a_limit_of_its_own() -> None:
+    with WorkerPool(act, workers=1, timeout_s=lambda task: 30.0 if task == "sleep2" else 0.5) as pool:
+        outcomes = dict(pool.map(["a", "sleep2", "sleep20", "b"]))
+    assert outcomes.pop("sleep20") == Failure("took longer than 0.5 s and was stopped")
+    assert outcomes == {task: task for task in ("a", "sleep2", "b")}
+
+
 def test_a_worker_that_dies_while_it_is_idle_costs_no_task() -> None:
     """Killed for memory, or with its pipe gone first and the process later."""
     with WorkerPool(act, workers=1, timeout_s=30.0) as pool:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -189,3 +192,44 @@ def test_where_objects_are_not_whole_files_are_moved_into_place(
     names = {name.removeprefix("/moved/out/"): name for name in fs.find("/moved/out")}
     assert names.pop(".plan.sqlite")
     same_samples({short: fs.cat_file(name) for short, name in names.items()}, reference)
+
+
+def test_whole_files_go_to_remote_shards_side_by_side(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards of two splits with the same name are made at the same time."""
+    import fsspec
+
+    monkeypatch.setenv("FRAMESTREAM_CACHE", str(tmp_path / "cache"))
+    options = ShardOptions(samples_per_shard=1, val_share=0.5)
+    build_shards([str(videos)], tmp_path / "out", options, workers=2)
+    build_shards([str(videos)], "memory://copies/out", options, workers=2)
+    local, fs = tree(tmp_path / "out"), fsspec.filesystem("memory")
+    names = {name.removeprefix("/copies/out/"): name for name in fs.find("/copies/out")}
+    assert names.pop(".plan.sqlite")
+    assert {"train/clips-000000.tar", "val/clips-000000.tar"} <= set(names)
+    assert {short: fs.cat_file(name) for short, name in names.items() if not short.endswith("report.json")} == {
+        short: data for short, data in local.items() if not short.endswith("report.json")
+    }
+
+
+def test_no_room_for_temporary_files_is_said_of_them(videos: Path, tmp_path: Path) -> None:
+    """And not of the output, where nothing is wrong."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.mp4").write_bytes((videos / "a.mp4").read_bytes() + bytes(3 << 20))
+    code = """
+import resource, signal
+from framestream.tools.shard_run import build_shards
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+build_shards(["in"], "memory://full/out", workers=1)
+"""
+    (tmp_path / "tmp").mkdir()
+    own = {"FRAMESTREAM_CACHE": str(tmp_path / "cache"), "TMPDIR": str(tmp_path / "tmp")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, **own}, capture_output=True, text=True
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("framestream.pipeline.errors.ConfigError")
+    assert f"{tmp_path / 'tmp'} has no room for clips-000000.tar" in last
+    assert list((tmp_path / "tmp").iterdir()) == []

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from framestream.pipeline.early_sync import EVERY_BYTES, EarlySync
+from framestream.pipeline import early_sync
+from framestream.pipeline.early_sync import EVERY_BYTES, MOST_BYTES, EarlySync
 from framestream.tools.side_by_side import side_by_side
+from framestream.tools.whole_file import Stoppable
 
 
 def test_all_items_come_and_no_more_run_than_asked() -> None:
@@ -98,3 +100,39 @@ def test_what_is_written_is_synced_meanwhile_and_errors_are_told(tmp_path: Path)
     sync.wrote(EVERY_BYTES)
     with pytest.raises(OSError, match="Bad file descriptor"):
         sync.close()
+
+
+def test_a_long_copy_ends_when_nobody_waits_for_it() -> None:
+    class Endless:
+        num_bytes = 1 << 60
+
+        def blocks(self) -> Iterator[bytes]:
+            while True:
+                yield b"on and on"
+
+    stopped = threading.Event()
+
+    def copying() -> Generator[int, None, None]:
+        yield 1
+        for _ in Stoppable(Endless(), stopped).blocks():
+            pass
+
+    results = side_by_side([copying()], 1, stopped)
+    assert next(results) == 1
+    results.close()  # type: ignore[attr-defined]
+
+
+def test_a_writer_waits_for_a_disk_that_does_not_keep_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    going = threading.Event()
+    monkeypatch.setattr(early_sync, "_sync", lambda descriptor: going.wait(30))
+    sync = EarlySync(0)
+    for _ in range(MOST_BYTES // EVERY_BYTES):
+        sync.wrote(EVERY_BYTES)
+    writer = threading.Thread(target=sync.wrote, args=[EVERY_BYTES])
+    writer.start()
+    writer.join(0.2)
+    assert writer.is_alive()
+    going.set()
+    writer.join(30)
+    assert not writer.is_alive()
+    sync.close()

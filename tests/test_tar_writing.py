@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from framestream.pipeline.errors import SampleError
-from framestream.pipeline.shard_writer import MAX_MEMBER_BYTES, TarShard
+from framestream.pipeline.shard_writer import MAX_MEMBER_BYTES, ShardWriter, TarShard
 
 MIB = 1 << 20
 
@@ -92,6 +94,33 @@ def test_what_a_tar_cannot_hold_or_did_not_get_is_taken_back(tmp_path: Path) -> 
     assert tar.num_samples == 1
     tar.close()
     assert (tmp_path / "a.tar").read_bytes() == by_tarfile({"a": {"mp4": b"video"}})
+
+
+def test_bytearrays_are_bytes(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path) as writer:
+        writer.write("a", bytearray(b"video"), "mp4")  # type: ignore[arg-type]
+    assert b"video" in (tmp_path / "clips-000000.tar").read_bytes()
+
+
+@pytest.mark.parametrize("first", [100, 2_999_000])
+def test_a_full_disk_leaves_nothing_either(tmp_path: Path, first: int) -> None:
+    """What is buffered is written when the file is closed, and refused once more."""
+    code = f"""
+import os, resource, signal, sys
+from framestream.pipeline.shard_writer import TarShard
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+tar = TarShard("a.tar")
+try:
+    tar.add("a", {{"mp4": bytes({first}), "json": b"{{}}"}})
+    tar.add("b", {{"mp4": bytes(4_000_000), "json": b"{{}}"}})
+except OSError as err:
+    print(err.strerror)
+tar.discard()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "too large" in done.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_shard_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:

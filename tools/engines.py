@@ -18,6 +18,8 @@ from .units import Step, Unit, write_units
 
 EngineName = Literal["local", "ray"]
 PROBE_TIMEOUT_S = 600.0  # for one source at least: all of its bytes are read, and fetched where it is remote
+DECODED_BYTES_S = 250_000.0  # so many take a second at the slowest where all frames are decoded
+DECODED_S = 6 * 3600.0  # for all frames of a source of unknown size
 
 
 @dataclass(frozen=True)
@@ -86,16 +88,23 @@ class LocalEngine:
     _kept: WorkerPool[Any, Any] | None = field(default=None, init=False, repr=False)
 
     def probe(self, probes: Iterable[NumberedProbe]) -> Iterator[tuple[int, Probed | Failure]]:
-        with self._pool(probe_numbered, max(PROBE_TIMEOUT_S, self.timeout_s)) as pool:
+        with self._pool(probe_numbered, self._probe_timeout_s) as pool:
             for probe, result in pool.map(probes):
                 yield probe.number, result
+
+    def _probe_timeout_s(self, probe: NumberedProbe) -> float:
+        size = probe.task.source.size
+        decoding = 0.0 if probe.task.decode != "all" else DECODED_S if size < 0 else size / DECODED_BYTES_S
+        return max(PROBE_TIMEOUT_S, self.timeout_s) + decoding
 
     def write(self, units: Iterable[Unit], output: Output) -> Iterator[Step]:
         with self._pool(make_clip, self.timeout_s) as pool:
             yield from write_units(units, output, pool, reject_unfetched=self.reject_unfetched)
 
     @contextmanager
-    def _pool(self, function: Callable[[Any], Any], timeout_s: float) -> Iterator[WorkerPool[Any, Any]]:
+    def _pool(
+        self, function: Callable[[Any], Any], timeout_s: float | Callable[[Any], float]
+    ) -> Iterator[WorkerPool[Any, Any]]:
         pool, self._kept = self._kept, None
         if pool is None:
             pool = WorkerPool(function, workers=self.workers, timeout_s=timeout_s, weigh=_weight)

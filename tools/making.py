@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from framestream.pipeline.errors import ConfigError, SampleError
 from framestream.pipeline.probe import VideoInfo, probe_video
 from framestream.pipeline.remote import Remote
 from framestream.pipeline.shard_paths import is_url
-from framestream.pipeline.shard_writer import described
+from framestream.pipeline.shard_writer import StreamedMember, described
 
 from .clips import Clip
 from .encode import encode, timing
@@ -62,7 +63,7 @@ class MadeClip:
         seconds: of video in it.
     """
 
-    members: dict[str, bytes | WholeFile]
+    members: Mapping[str, bytes | StreamedMember]
     seconds: float
 
     def num_bytes(self) -> int:
@@ -132,7 +133,7 @@ def _name(clip: Clip) -> str:
 
 def _members(
     clip: Clip, info: VideoInfo, ext: str, video: bytes | WholeFile, sha256: str
-) -> dict[str, bytes | WholeFile]:
+) -> dict[str, bytes | StreamedMember]:
     meta = {
         **info.to_json(),
         "source": clip.source.source,

@@ -53,10 +53,11 @@ class _Worker:
         theirs.close()
         self.allowance = START_ALLOWANCE_S
         self.number = -1  # of the task it is at
+        self.timeout_s = 0.0
         self.deadline = 0.0
 
     def give(self, number: int, function: Callable[[Any], Any], task: Any, timeout_s: float) -> None:
-        self.number = number
+        self.number, self.timeout_s = number, timeout_s
         self.deadline = time.monotonic() + timeout_s + self.allowance
         self.allowance = 0.0
         self.connection.send((function, task))
@@ -76,7 +77,7 @@ class WorkerPool(Generic[Task, Result]):
         function: a function of an importable module; takes one task. Its FramestreamError (and any other exception)
             becomes a `Failure`, only a ConfigError ends the run.
         workers: number of processes.
-        timeout_s: seconds for one task; a worker that takes longer is killed.
+        timeout_s: seconds for one task, or a function that tells them; a worker that takes longer is killed.
         weigh: bytes of a result; where results that wait for their turn have more than `WAITING_BYTES` together, no
             further task is begun until some are handed back.
     """
@@ -86,7 +87,7 @@ class WorkerPool(Generic[Task, Result]):
         function: Callable[[Task], Result],
         *,
         workers: int,
-        timeout_s: float,
+        timeout_s: float | Callable[[Task], float],
         weigh: Callable[[Result], int] | None = None,
     ) -> None:
         self.function = function
@@ -150,7 +151,8 @@ class WorkerPool(Generic[Task, Result]):
         """Whether the worker lived to take the task."""
         self._busy.append(worker)
         try:
-            worker.give(number, self.function, task, self.timeout_s)
+            limit = self.timeout_s(task) if callable(self.timeout_s) else self.timeout_s
+            worker.give(number, self.function, task, limit)
         except (BrokenPipeError, ConnectionResetError):
             return False
         return True
@@ -181,7 +183,7 @@ class WorkerPool(Generic[Task, Result]):
                     self._idle.append(worker)
             elif time.monotonic() >= worker.deadline:
                 worker.end()
-                outcome = Failure(f"took longer than {self.timeout_s:g} s and was stopped")
+                outcome = Failure(f"took longer than {worker.timeout_s:g} s and was stopped")
             else:
                 continue
             self._busy.remove(worker)

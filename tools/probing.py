@@ -11,7 +11,6 @@ import numpy as np
 
 from framestream.pipeline.buffer_file import buffer_file
 from framestream.pipeline.errors import DecodeError
-from framestream.pipeline.frame_reader import FrameReader
 from framestream.pipeline.indexed import with_index
 from framestream.pipeline.packet_table import Deadline
 from framestream.pipeline.packets import read_packets
@@ -21,6 +20,7 @@ from framestream.pipeline.remote import Remote
 from framestream.pipeline.shard_paths import is_url
 
 from .inputs import Source
+from .opened_video import OpenedVideo
 from .scene_cuts import scene_cuts
 from .shard_options import Decode, ShardOptions
 from .source_file import opened, read_text
@@ -111,12 +111,12 @@ def probe_source(task: ProbeTask) -> Probed:
             if task.decode != "none":
                 raise
             info, content = _look(file.data, task, heads=False)  # what is wrong with it may be its head alone
+        data, plain = memoryview(file.data), replace(info, packets=None)
         if task.decode == "all":
-            _decode_all(file.data, info, source.source)
+            _decode_all(data, plain, source.source)
         scenes: tuple[int, ...] = ()
         if task.scene_threshold is not None:
-            plain = replace(info, packets=None)
-            scenes = scene_cuts(memoryview(file.data), plain, task.scene_threshold, name=source.source)
+            scenes = scene_cuts(data, plain, task.scene_threshold, name=source.source)
         sha256 = hashlib.sha256(file.data).hexdigest() if task.whole else ""
         return Probed(info, file.size, content, text, scenes, sha256)
 
@@ -154,15 +154,15 @@ def _look(data: bytes | memoryview, task: ProbeTask, *, heads: bool) -> tuple[Vi
     return info, digest.hexdigest()
 
 
-def _decode_all(data: bytes | memoryview, info: VideoInfo, name: str) -> None:
-    """Raises DecodeError where a frame does not decode, or not as all others."""
-    reader = FrameReader(data, info=info, name=name, timeout_s=PROBE_TIMEOUT_S)
+def _decode_all(data: memoryview, info: VideoInfo, name: str) -> None:
+    """Raises DecodeError where a frame does not decode, or not as all others. One frame is in memory at a time."""
+    video = OpenedVideo(data, info, name)
     try:
-        with contextlib.closing(reader.pictures(range(info.num_frames))) as pictures:
+        with contextlib.closing(video.decoder.pictures(range(info.num_frames))) as pictures:
             for _ in pictures:
                 pass
     finally:
-        reader.close()
+        video.close()
 
 
 def _shown(info: VideoInfo, mirrored: bool) -> str:

@@ -18,14 +18,19 @@ class _End:
         self.error = error
 
 
-def side_by_side(generators: Iterable[Generator[Item, None, None]], at_a_time: int) -> Iterator[Item]:
+def side_by_side(
+    generators: Iterable[Generator[Item, None, None]], at_a_time: int, stopped: threading.Event | None = None
+) -> Iterator[Item]:
     """Yield what they yield as it comes, `at_a_time` of them running. For work that leaves Python alone, such as
     reading, hashing and writing.
 
     An error of one of them is raised here. Then, or when this is closed, the others are closed after what they are at.
+
+    Args:
+        stopped: is set when they are to end, so that they can do so earlier.
     """
     came: SimpleQueue[Item | _End] = SimpleQueue()
-    stopped = threading.Event()
+    stopped = stopped or threading.Event()
 
     def run(generator: Generator[Item, None, None]) -> None:
         error = None

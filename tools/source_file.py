@@ -68,7 +68,7 @@ def opened(source: Source, remote: Remote) -> Iterator[SourceFile]:
         yield _remote_file(source, remote)
         return
     try:
-        file, before = _open(source.path)
+        file, before = open_regular(source.path)
     except (OSError, ValueError) as err:
         raise unreadable(source, err) from err
     with file:
@@ -220,8 +220,9 @@ def _temporary() -> tuple[IO[bytes], str]:
         raise ConfigError(f"no temporary file can be made ({err}): name a folder for them with TMPDIR") from err
 
 
-def _open(path: str) -> tuple[FileIO, os.stat_result]:
-    """A file, which the caller closes, and what it was when it was opened."""
+def open_regular(path: str) -> tuple[FileIO, os.stat_result]:
+    """A file, which the caller closes, and what it was when it was opened. Raises OSError, or ValueError where it is no
+    regular file."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # before it is opened: a pipe would wait for its other end
         raise ValueError("it is no regular file")
     file = open(path, "rb", buffering=0)  # noqa: SIM115

@@ -9,18 +9,20 @@ import json
 import os
 import re
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, count, groupby, islice
 from pathlib import Path
 from typing import Any
 
 from framestream.pipeline.atomic import TEMP_SUFFIX
-from framestream.pipeline.errors import SampleError, ShardError
-from framestream.pipeline.remote import Remote
+from framestream.pipeline.errors import ConfigError, SampleError, ShardError
+from framestream.pipeline.remote import Remote, disk_full
 from framestream.pipeline.shard_index import ShardIndex
+from framestream.pipeline.shard_paths import is_url
 from framestream.pipeline.shard_writer import FOLDER_INDEX, TarShard
 
 from .making import ClipTask, MadeClip, known_clip
@@ -30,6 +32,7 @@ from .pool import Failure, WorkerPool
 from .set_files import LISTS
 from .shard_options import ShardOptions
 from .side_by_side import side_by_side
+from .whole_file import Stoppable
 
 NOTE_VERSION = 2
 COPIED_AT_ONCE = 4  # shards of whole files, each of which a remote output has to keep as a temporary file meanwhile
@@ -112,8 +115,9 @@ def write_units(
         folders = (Path(scratch, str(number)) for number in count())
         for whole, some in groupby(units, key=_is_copied):
             if whole:
-                copies = (_copied(unit, output, next(folders), reject_unfetched) for unit in some)
-                yield from side_by_side(copies, min(pool.workers + 1, COPIED_AT_ONCE))
+                stopped = threading.Event()
+                copies = (_copied(unit, output, next(folders), reject_unfetched, stopped) for unit in some)
+                yield from side_by_side(copies, min(pool.workers + 1, COPIED_AT_ONCE), stopped)
             else:
                 yield from _made(some, output, pool, next(folders), reject_unfetched)
 
@@ -122,18 +126,22 @@ def _is_copied(unit: Unit) -> bool:
     return all(task.is_known for task in unit.tasks)
 
 
-def _copied(unit: Unit, output: Output, scratch: Path, reject_unfetched: bool) -> Generator[Step, None, None]:
+def _copied(
+    unit: Unit, output: Output, scratch: Path, reject_unfetched: bool, stopped: threading.Event
+) -> Generator[Step, None, None]:
     """Write a unit of files that are copied whole."""
-    results = ((task, _or_failure(task)) for task in unit.tasks)
+    results = ((task, _copy_of(task, stopped)) for task in unit.tasks)
     yield from _written(unit, results, output, scratch, reject_unfetched)
     scratch.rmdir()
 
 
-def _or_failure(task: ClipTask) -> MadeClip | Failure:
+def _copy_of(task: ClipTask, stopped: threading.Event) -> MadeClip | Failure:
     try:
-        return known_clip(task)
+        made = known_clip(task)
     except SampleError as err:
         return Failure(str(err))
+    members = {e: m if isinstance(m, bytes) else Stoppable(m, stopped) for e, m in made.members.items()}
+    return replace(made, members=members)
 
 
 def _made(
@@ -164,10 +172,18 @@ def _written(
     """Write the shard of a unit out of what has become of its clips."""
     scratch.mkdir(exist_ok=True)
     with _writing(unit, output, scratch, reject_unfetched) as writer:
-        for task, result in results:
-            yield Step(1, writer.add(task, result))
-        unfetched = writer.unfetched
-        outcome = None if unfetched else writer.close()
+        try:
+            for task, result in results:
+                yield Step(1, writer.add(task, result))
+            unfetched = writer.unfetched
+            outcome = None if unfetched else writer.close()
+        except OSError as err:
+            if not (disk_full(err) and is_url(output.place)):
+                raise
+            raise ConfigError(
+                f"{tempfile.gettempdir()} has no room for {unit.name}.tar, which is made there before it is sent: free "
+                "some, or name another folder for temporary files with TMPDIR, and run again to go on"
+            ) from err
     yield Step(outcome=outcome, unfetched=unfetched)
 
 
