@@ -295,6 +295,39 @@ def test_csv_as_it_comes(tmp_path: Path) -> None:
     assert "row 3: it has 1 cells more than the header" in reasons(tmp_path / "m.csv")[1]
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_quote_that_is_not_closed_does_not_hide_the_rows_behind_it(tmp_path: Path, closed: bool) -> None:
+    """In one reject they are named by their lines; what comes behind a later quote is read again."""
+    fill(tmp_path)
+    rows = ["path,text", 'a.mp4,"not closed', *["a.mp4,plain"] * 5]
+    rows += ['a.mp4,"closed"', *["a.mp4,behind"] * 3] if closed else []
+    (tmp_path / "m.csv").write_text("\n".join(rows) + "\n")
+    told = reasons(tmp_path / "m.csv")
+    assert len(told) == 1
+    assert f"it takes the lines 2 to {8 if closed else 7}: is a quote in it not closed?" in told[0]
+    texts = [each.text for each in list_inputs([str(tmp_path / "m.csv")]) if isinstance(each, Source)]
+    assert texts == ["behind"] * 3 * closed
+
+
+def test_text_that_is_no_unicode_is_not_changed_in_silence(tmp_path: Path) -> None:
+    fill(tmp_path)
+    (tmp_path / "m.csv").write_bytes("path,text\na.mp4,café\na.mp4,tea\n".encode("latin-1"))
+    (told,) = reasons(tmp_path / "m.csv")
+    assert "row 1: it has text that is no Unicode: 'caf\\udce9'" in told
+    (tmp_path / "other.csv").write_bytes("chemin,légende\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"no column 'path', only chemin, l\\udce9gende"):
+        list(list_inputs([str(tmp_path / "other.csv")]))
+
+
+@pytest.mark.parametrize("name", ["captions.tsv", "captions.json", "captions.xlsx"])
+def test_tables_of_another_kind_stop_at_once(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("path\ttext\n")
+    with pytest.raises(
+        ConfigError, match=f"input {name} is no manifest that can be read: make it CSV, JSONL or Parquet"
+    ):
+        list(list_inputs([str(tmp_path / name)]))
+
+
 def test_lines_without_an_end_are_not_held(tmp_path: Path) -> None:
     with open(tmp_path / "m.jsonl", "w") as file:
         file.write('{"path": "')

@@ -12,16 +12,17 @@ from typing import Any
 
 import pytest
 
-from framestream.pipeline.errors import ShardError, StorageError
+from framestream.pipeline.errors import ConfigError, ShardError, StorageError
 from framestream.pipeline.shards import ShardSet
 from framestream.tools import shard_run
 from framestream.tools.cli import main
+from framestream.tools.inspect_splits import open_splits
 from framestream.tools.shard_job import Part, Unfinished
 from framestream.tools.shard_options import Cutting, Encoding, ShardOptions
 from framestream.tools.shard_run import build_shards, run, shard_job
 
 from remote_storage import Storage, s3_server, s3_storage
-from shard_setup import make_folder, tree
+from shard_setup import make_folder, tree, write_jsonl
 
 OPTIONS = ShardOptions(
     samples_per_shard=3, cutting=Cutting(clip_seconds=0.5), encoding=Encoding(short_side=48), val_share=0.5
@@ -211,6 +212,28 @@ def test_whole_files_go_to_remote_shards_side_by_side(
     assert {short: fs.cat_file(name) for short, name in names.items() if not short.endswith("report.json")} == {
         short: data for short, data in local.items() if not short.endswith("report.json")
     }
+
+
+def test_a_bucket_that_does_not_exist_is_known_before_anything_is_listed(storage: Storage) -> None:
+    steps = []
+    with pytest.raises(ConfigError, match=r"nothing can be written to s3://nosuchbucket/out .*: check that the bucket"):
+        build_shards(
+            [storage.url], "s3://nosuchbucket/out", workers=1, storage_options=storage.options,
+            progress=lambda step, *_: steps.append(step),
+        )  # fmt: skip
+    assert steps == []
+
+
+def test_a_remote_set_is_inspected_by_the_folders_that_it_has(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FRAMESTREAM_CACHE", str(tmp_path / "cache"))
+    rows = [{"path": str(videos / "a.mp4"), "split": split} for split in ("train", "validation", "test")]
+    rows = [{**row, "note": n} for n, row in enumerate(rows)]
+    build_shards([str(write_jsonl(tmp_path / "m.jsonl", rows))], tmp_path / "out", workers=1)
+    build_shards([str(tmp_path / "m.jsonl")], "memory://named/out", workers=1)
+    for place in ("memory://named/out", f"file://{tmp_path}/out", str(tmp_path / "out")):
+        assert [split.name for split in open_splits([place])] == ["test", "train", "validation"]
 
 
 def test_no_room_for_temporary_files_is_said_of_them(videos: Path, tmp_path: Path) -> None:

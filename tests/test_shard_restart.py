@@ -320,6 +320,22 @@ def test_foreign_tars_in_the_output_are_left_alone(videos: Path, tmp_path: Path)
     assert (tmp_path / "clips-000000.tar").read_bytes() == b"precious"
 
 
+def test_overwrite_removes_what_the_plan_names_and_nothing_else(videos: Path, tmp_path: Path) -> None:
+    options = ShardOptions(val_share=0.5)
+    build_shards([str(videos)], tmp_path, options, workers=1)
+    before = tree(tmp_path)
+    foreign = tmp_path / "train" / "clips-000500.tar"
+    foreign.write_bytes(b"precious")
+    other = ShardOptions(val_share=0.5, samples_per_shard=1)
+    with pytest.raises(ConfigError, match=r"clips-000500\.tar from elsewhere"):
+        build_shards([str(videos)], tmp_path, other, workers=1, overwrite=True)
+    assert foreign.read_bytes() == b"precious"
+    foreign.unlink()
+    assert tree(tmp_path) == before
+    report = build_shards([str(videos)], tmp_path, other, workers=1, overwrite=True)
+    assert sum(split["shards"] for split in report.splits.values()) == 3
+
+
 def test_places_of_packets_have_their_room_in_a_plan_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However short the videos are, and however often the run begins again."""
     room = 1500

@@ -225,6 +225,20 @@ def test_parquet_cells_become_what_metadata_can_hold_or_their_row_is_rejected(vi
     assert "of the kind bytes" in report.rejects[0]["reason"]
 
 
+def test_rows_that_differ_in_a_column_of_their_own_are_all_samples(videos: Path, tmp_path: Path) -> None:
+    """As questions about one video; the split alone makes no other sample of it."""
+    rows: list[Any] = [{"path": "a.mp4", "question": f"{k}?", "answer": k} for k in range(3)]
+    rows += [rows[0], {**rows[1], "split": "val"}]
+    manifest = write_jsonl(videos / "m.jsonl", rows)
+    try:
+        report = build_shards([str(manifest)], tmp_path / "out", workers=1)
+    finally:
+        manifest.unlink()
+    adds_up(report)
+    assert (report.inputs["sampled"], report.inputs["duplicate"]) == (3, 2)
+    assert [s.meta["user"]["answer"] for s in samples(tmp_path / "out")] == [0, 1, 2]
+
+
 def test_rows_that_metadata_cannot_hold_cost_themselves_only(videos: Path, tmp_path: Path) -> None:
     lone, deep = "\ud800", json.loads("[" * 200 + "]" * 200)
     rows: list[Any] = [{"path": "b.c d.MOV", "start": 1.0}]

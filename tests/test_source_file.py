@@ -147,11 +147,17 @@ def test_no_descriptor_stays_open(video: Path, held: str) -> None:
 def test_the_text_of_a_source(video: Path) -> None:
     source = source_of(video)
     assert read_text(source, LOCAL) is None
-    video.with_suffix(".txt").write_bytes(" a caption, caf\xe9\n".encode("latin-1"))
-    assert source_of(video).text == "a caption, caf\ufffd"  # of a local file it is known at listing
+    video.with_suffix(".txt").write_bytes(" a caption, caf\xe9\n".encode("utf-8-sig"))
+    assert source_of(video).text == "a caption, caf\xe9"  # of a local file it is known at listing
     source = replace(source, text_file=str(video.with_suffix(".txt")))
-    assert read_text(source, LOCAL) == "a caption, caf\ufffd"
+    assert read_text(source, LOCAL) == "a caption, caf\xe9"
     assert read_text(replace(source, text="said"), LOCAL) == "said"
+    video.with_suffix(".txt").write_bytes(" a caption, caf\xe9\n".encode("latin-1"))  # not to be changed in silence
+    assert source_of(video).text is None
+    with pytest.raises(
+        SampleError, match=r"v\.mp4: its text v\.txt cannot be read \(.*utf-8.*byte 0xe9 in position 15"
+    ):
+        read_text(source, LOCAL)
     video.with_suffix(".txt").unlink()
     with pytest.raises(SampleError, match=r"v\.mp4: its text v\.txt cannot be read \(No such file"):
         read_text(source, LOCAL)
@@ -295,7 +301,8 @@ def importable(protocol: str) -> bool:
 def test_a_remote_text_may_be_as_long_as_a_local_one(storage: Storage) -> None:
     remote = remote_of(storage)
     source = Source(f"{storage.url}/v.mp4", "v.mp4", "v", text_file=f"{storage.url}/v.mp4")
-    assert read_text(source, remote) is not None
+    with pytest.raises(SampleError, match=r"v\.mp4: its text v\.mp4 cannot be read \(.*utf-8"):
+        read_text(source, remote)
     limit, source_file.MAX_TEXT_BYTES = source_file.MAX_TEXT_BYTES, 10
     try:
         with pytest.raises(SampleError, match=r"v\.mp4: its text v\.mp4 cannot be read \(it has more than 10 bytes"):

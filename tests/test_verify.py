@@ -20,6 +20,9 @@ import pytest
 from framestream.pipeline.errors import ConfigError, ShardError
 from framestream.pipeline.probe import VideoInfo, probe_video
 from framestream.pipeline.shards import ShardSet, ShardWriter
+from framestream.tools.shard_job import Part
+from framestream.tools.shard_options import ShardOptions
+from framestream.tools.shard_run import run, shard_job
 from framestream.tools.verify import verify, verify_folder
 from framestream.tools.verify_shard import ShardTask, check_shard, chosen
 
@@ -433,6 +436,29 @@ def test_index_and_report_are_of_one_run(folder: Path) -> None:
 
 
 # Repair
+
+
+def test_a_set_that_a_run_has_not_finished_is_no_whole_set(tmp_path: Path) -> None:
+    """And cannot be made to look like one."""
+    for number in range(4):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{number}.mp4").write_bytes(video_bytes(num_frames=8, first_index=number))
+    out = tmp_path / "out"
+    job = shard_job(out, ShardOptions(samples_per_shard=1), workers=1)
+    with job.alone():
+        run(job, [str(tmp_path / "in")], plan_only=True)
+        run(job, [], part=Part(1, 2))
+    for repair in (False, True):
+        (told,) = verify_folder(out, decode="none", workers=1, repair_index=repair).problems
+        assert told.startswith("a run of `framestream shard` has not come to its end here")
+        assert not (out / "index.json").exists()
+    with job.alone():
+        run(job, [], part=Part(2, 2))
+    assert verify_folder(out, workers=1).problems == []
+    (out / "report.json").unlink()
+    assert "has not come to its end" in problems(out)
+    (out / ".plan.sqlite").unlink()
+    assert "there is no report.json, although the run that wrote index.json wrote one" in problems(out)
 
 
 def test_repair_touches_only_what_is_wrong(folder: Path) -> None:

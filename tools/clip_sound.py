@@ -126,6 +126,7 @@ class ClipSound:
         self._waiting: deque[Any] = deque()
         if reader.codec in copied:
             self._stream = writer.add_stream_from_template(reader.stream)
+            self._stream.codec_context.bit_rate = 0  # FFmpeg's guess so far, another one for each part that was read
             self._waiting.extend(_on_clock(reader.packets(start, end), start, Fraction(1, reader.stream.rate)))
             for packet in self._waiting:
                 packet.stream = self._stream

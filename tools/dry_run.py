@@ -10,7 +10,7 @@ import math
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -27,7 +27,7 @@ from .making import ClipTask, encoder_version, make_clip
 from .plan_place import PLAN_FILE
 from .plan_store import PlanStore
 from .pool import Failure, WorkerPool
-from .probing import Probed, ProbeTask
+from .probing import Probed, probe_task
 from .progress_pace import in_words
 from .shard_job import Progress, counted
 from .shard_options import ShardOptions
@@ -77,8 +77,7 @@ class Forecast:
         twice = f", {self.named_twice} named twice" if self.named_twice else ""
         lines = [f"{self.inputs} inputs: {self.unusable} cannot be used{twice}"]
         if self.other_files:
-            others = ", ".join(f"{n} {ext or 'without extension'}" for ext, n in sorted(self.other_files.items()))
-            lines.append(f"passed over: {others}")
+            lines.append(passed_over(self.other_files))
         lines += [
             f"estimated from {self.sampled_sources} sources and {self.sampled_clips} clips of them:",
             f"  {self.rejected} inputs rejected, {sum(self.filtered.values())} filtered"
@@ -184,8 +183,7 @@ def _probe(
     plan: PlanStore, options: ShardOptions, workers: int, timeout_s: float, remote: Remote, progress: Progress
 ) -> _Seen:
     seen = _Seen()
-    threshold = options.cutting.scene_threshold
-    probes = [NumberedProbe(number, ProbeTask(source, threshold, remote)) for number, source in plan.to_probe()]
+    probes = [NumberedProbe(number, probe_task(source, options, remote)) for number, source in plan.to_probe()]
     with WorkerPool(timed_probe, workers=workers, timeout_s=timeout_s) as pool:
         for probe, result in pool.map(probes):
             seen.count += 1
@@ -225,6 +223,11 @@ def _make(
                 seen.num_bytes += result[1]
             progress("making", seen.count, len(tasks), seen.lost)
     return seen
+
+
+def passed_over(other_files: Mapping[str, int]) -> str:
+    """What was in the folders and is no video, in words."""
+    return "passed over: " + ", ".join(f"{n} {ext or 'without extension'}" for ext, n in sorted(other_files.items()))
 
 
 def naming_once(reason: str, name: str) -> str:

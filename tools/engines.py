@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 from framestream.pipeline.errors import ConfigError
 
 from .cores import usable_cores
-from .making import MadeClip, make_clip
+from .making import ClipTask, MadeClip, make_clip
 from .output import Output
 from .pool import Failure, WorkerPool
 from .probing import Probed, ProbeTask, probe_source
@@ -19,6 +19,8 @@ from .units import Step, Unit, write_units
 EngineName = Literal["local", "ray"]
 PROBE_TIMEOUT_S = 600.0  # for one source at least: all of its bytes are read, and fetched where it is remote
 DECODED_BYTES_S = 250_000.0  # so many take a second at the slowest where all frames are decoded
+ADVICE = "; --timeout-seconds gives it more"  # what to do about a source or clip that takes too long
+ENCODED_S = 5.0  # for each second of a clip, on top of the limit
 DECODED_S = 6 * 3600.0  # for all frames of a source of unknown size
 
 
@@ -94,11 +96,15 @@ class LocalEngine:
 
     def _probe_timeout_s(self, probe: NumberedProbe) -> float:
         size = probe.task.source.size
-        decoding = 0.0 if probe.task.decode != "all" else DECODED_S if size < 0 else size / DECODED_BYTES_S
+        all_frames = probe.task.decode == "all" or probe.task.scene_threshold is not None
+        decoding = 0.0 if not all_frames else DECODED_S if size < 0 else size / DECODED_BYTES_S
         return max(PROBE_TIMEOUT_S, self.timeout_s) + decoding
 
+    def _clip_timeout_s(self, task: ClipTask) -> float:
+        return self.timeout_s + ENCODED_S * (task.clip.end - task.clip.start)
+
     def write(self, units: Iterable[Unit], output: Output) -> Iterator[Step]:
-        with self._pool(make_clip, self.timeout_s) as pool:
+        with self._pool(make_clip, self._clip_timeout_s) as pool:
             yield from write_units(units, output, pool, reject_unfetched=self.reject_unfetched)
 
     @contextmanager
@@ -107,7 +113,7 @@ class LocalEngine:
     ) -> Iterator[WorkerPool[Any, Any]]:
         pool, self._kept = self._kept, None
         if pool is None:
-            pool = WorkerPool(function, workers=self.workers, timeout_s=timeout_s, weigh=_weight)
+            pool = WorkerPool(function, workers=self.workers, timeout_s=timeout_s, weigh=_weight, advice=ADVICE)
         pool.function, pool.timeout_s = function, timeout_s
         try:
             yield pool

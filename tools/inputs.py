@@ -33,6 +33,7 @@ from .source_file import MAX_TEXT_BYTES, stat_remote
 from .trees import LocalTree, RemoteTree, Tree, Unusable, local_version, readable
 from .urls import absolute, denied, is_web, local_path, path_in, relative_url, split_pattern, suffix
 
+OTHER_TABLES = (".tsv", ".json", ".xls", ".xlsx", ".arrow", ".feather")  # which people have their captions in
 _SLUG_LENGTH = 60
 
 
@@ -173,6 +174,8 @@ class _Lister:
     def _named(self, path: str) -> Source | Unusable:
         name = readable(os.path.basename(path))
         ext = suffix(path)
+        if ext in OTHER_TABLES:
+            raise ConfigError(f"input {name} is no manifest that can be read: make it CSV, JSONL or Parquet")
         if ext[1:] not in VIDEO_EXTENSIONS:
             return Unusable(name, f"{ext or 'no extension'} is none of {_extensions()}")
         return _with_facts(Source(path, name, slug(os.path.splitext(name)[0]), text_file=_sidecar(path)))
@@ -259,9 +262,9 @@ def _with_facts(source: Source) -> Source | Unusable:
     except (OSError, ValueError) as err:
         return Unusable(source.source, f"cannot be read ({getattr(err, 'strerror', None) or err})")
     source = replace(source, size=facts.st_size, version=local_version(facts))
-    with suppress(OSError):  # what cannot be read is said when the source is probed
+    with suppress(OSError, UnicodeDecodeError):  # what cannot be read is said when the source is probed
         if source.text_file is not None and _is_text(source.text_file):
-            text = Path(source.text_file).read_text("utf-8", "replace").strip()
+            text = Path(source.text_file).read_text("utf-8-sig").strip()
             source = replace(source, text=text, text_file=None)
     return source
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from framestream.pipeline.errors import ConfigError, ShardError
+from framestream.pipeline.remote import Remote
 from framestream.pipeline.shard_paths import is_url
 from framestream.pipeline.shards import ShardSet
 
-REMOTE_SPLITS = ("train", "val")  # folders that are looked for where a remote folder holds no shards itself
+from .verify_places import find_places
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,15 @@ def open_splits(target: Sequence[str], storage_options: dict[str, Any] | None = 
     """
     if len(target) != 1:
         return [Split("", ShardSet.open(list(target), storage_options=storage_options))]
-    place = target[0]
+    place = target[0].removeprefix("file://")
     if is_url(place):
         try:
             return [Split("", ShardSet.open(place, storage_options=storage_options))]
         except ShardError as err:
-            splits = list(_remote_splits(place, storage_options))
-            if not splits:
-                raise err from None
-            return splits
+            with suppress(ShardError):
+                if splits := list(_remote_splits(place, storage_options)):
+                    return splits
+            raise err from None
     folder = Path(place).expanduser()
     inside = sorted({tar.parent for tar in folder.glob("*/[!.]*.tar")}) if folder.is_dir() else []
     splits = [Split(path.name, ShardSet.open(path)) for path in inside]
@@ -57,11 +59,10 @@ def open_splits(target: Sequence[str], storage_options: dict[str, Any] | None = 
 
 
 def _remote_splits(place: str, storage_options: dict[str, Any] | None) -> Iterator[Split]:
-    for name in REMOTE_SPLITS:
-        try:
-            yield Split(name, ShardSet.open(f"{place.rstrip('/')}/{name}", storage_options=storage_options))
-        except ShardError:
-            continue
+    """The folders of shards in a remote folder that holds none itself."""
+    for found in find_places(place.rstrip("/"), Remote(storage_options or {})):
+        if found.name:
+            yield Split(found.name, ShardSet.open(found.path, storage_options=storage_options))
 
 
 def spread(count: int, of: int) -> list[int]:

@@ -66,7 +66,7 @@ def _rows(path: str, name: str, kind: str) -> Iterator[Row]:
     if kind == ".parquet":
         yield from _parquet_rows(path, name)
         return
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         yield from _csv_rows(_lines(file), name) if kind == ".csv" else _jsonl_rows(_lines(file))
 
 
@@ -92,25 +92,35 @@ def _jsonl_rows(lines: Iterator[str]) -> Iterator[Row]:
 
 
 def _csv_rows(lines: Iterator[str], name: str) -> Iterator[Row]:
-    reader = csv.DictReader(lines)
+    reader = csv.DictReader(lines, strict=True)  # else a quote that is not closed takes in the rows behind it
     try:
         columns = reader.fieldnames or ()
     except csv.Error as err:
         raise ConfigError(f"manifest {name} is no readable CSV ({err})") from err
     if "path" not in columns:
-        raise ConfigError(f"manifest {name} has no column 'path', only {', '.join(columns or '-')}")
+        shown = ", ".join(columns or "-").encode("utf-8", "backslashreplace").decode()
+        raise ConfigError(f"manifest {name} has no column 'path', only {shown}")
     number = 0
     while True:
         number += 1
+        before = reader.reader.line_num  # its own is only that of rows which could be read
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as err:  # the reader goes on behind it
-            yield number, f"it is no readable CSV ({err})"
+            yield number, f"it is no readable CSV ({err}{_span(before, reader.reader.line_num)})"
             continue
         extra = row.pop(None, None)  # type: ignore[call-overload]
-        yield number, row if extra is None else f"it has {len(extra)} cells more than the header"
+        if extra is None:
+            yield number, row
+        else:
+            yield number, f"it has {len(extra)} cells more than the header{_span(before, reader.reader.line_num)}"
+
+
+def _span(before: int, last: int) -> str:
+    """Which lines a row takes, where these are several."""
+    return "" if last <= before + 1 else f"; it takes the lines {before + 1} to {last}: is a quote in it not closed?"
 
 
 def _parquet_rows(path: str, name: str) -> Iterator[Row]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from framestream.pipeline.atomic import TEMP_SUFFIX, atomic_file, atomic_write
-from framestream.pipeline.errors import ConfigError
+from framestream.pipeline.errors import ConfigError, StorageError
 from framestream.pipeline.remote import Remote
 from framestream.pipeline.shard_index import ShardIndex, index_path
 from framestream.pipeline.shard_paths import SHELL_OPENER, is_url
@@ -173,6 +173,19 @@ class RemoteOutput:
         fs, path = self.remote.filesystem(self._url(folder))
         if self._protocol not in _WHOLE_OBJECTS:
             self.remote.call(self.url, lambda: fs.makedirs(path, exist_ok=True))
+        if not folder:
+            self._try_out()
+
+    def _try_out(self) -> None:
+        """Write a file and remove it: that a bucket does not exist is to be known before a night's work."""
+        name = f".{os.urandom(8).hex()}{TEMP_SUFFIX}"
+        try:
+            self.write(name, b"")
+            self.remove(name)
+        except (FileNotFoundError, StorageError) as err:
+            raise ConfigError(
+                f"nothing can be written to {self.url} ({err}): check that the bucket exists, its name and your rights"
+            ) from err
 
     def sizes(self, folder: str) -> dict[str, int]:
         url = self._url(folder)

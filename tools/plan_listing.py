@@ -43,7 +43,8 @@ def _rows(db: sqlite3.Connection, items: Iterable[Source | Unusable]) -> Iterato
         if isinstance(item, Source):
             path, text_file = _place(item.path, folder), _place(item.text_file, folder)
             part = [None if seconds is None else float(seconds) for seconds in (item.start, item.end)]
-            first = _first(db, "named", [path, *part, item.text, text_file, _given_key(item)], number)
+            told = [item.text, text_file, _given_key(item), dict(item.user)]  # not its split
+            first = _first(db, "named", [path, *part, *told], number)
             video = _first(db, "videos", [path], number)
             if first == number:
                 key, first = item.key, None
@@ -68,7 +69,7 @@ def _given_key(source: Source) -> str:
 
 def _first(db: sqlite3.Connection, table: str, place: Sequence[Any], number: int) -> int:
     """The first input at a place. Places are named in 16 bytes, so that a million of them stay small."""
-    name = hashlib.sha256(json.dumps(place).encode()).digest()[:16]
+    name = hashlib.sha256(json.dumps(place, sort_keys=True).encode()).digest()[:16]
     if db.execute(f"INSERT OR IGNORE INTO temp.{table} VALUES (?, ?)", (name, number)).rowcount:
         return number
     ((first,),) = db.execute(f"SELECT number FROM temp.{table} WHERE place = ?", (name,))

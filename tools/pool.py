@@ -80,6 +80,7 @@ class WorkerPool(Generic[Task, Result]):
         timeout_s: seconds for one task, or a function that tells them; a worker that takes longer is killed.
         weigh: bytes of a result; where results that wait for their turn have more than `WAITING_BYTES` together, no
             further task is begun until some are handed back.
+        advice: what to do about a task that takes too long, to be added to the reason.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class WorkerPool(Generic[Task, Result]):
         workers: int,
         timeout_s: float | Callable[[Task], float],
         weigh: Callable[[Result], int] | None = None,
+        advice: str = "",
     ) -> None:
         self.function = function
         self.workers = workers
@@ -97,7 +99,7 @@ class WorkerPool(Generic[Task, Result]):
         self._busy: list[_Worker] = []
         self._queue: deque[tuple[int, Task]] = deque()
         self._outcomes: dict[int, Result | Failure] = {}
-        self._weigh = weigh
+        self._weigh, self._advice = weigh, advice
         self._waiting_bytes = 0
         self._turn = 0  # number of the task whose result is handed back next
 
@@ -183,7 +185,7 @@ class WorkerPool(Generic[Task, Result]):
                     self._idle.append(worker)
             elif time.monotonic() >= worker.deadline:
                 worker.end()
-                outcome = Failure(f"took longer than {worker.timeout_s:g} s and was stopped")
+                outcome = Failure(f"took longer than {worker.timeout_s:g} s and was stopped{self._advice}")
             else:
                 continue
             self._busy.remove(worker)

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -189,16 +189,22 @@ class ShardJob:
             ConfigError: there are files of others that a new run would write over; nothing was removed.
         """
         folders, prefix, ours = {"", *splits}, "", False
+        planned: set[str] | None = None  # where the plan can be read
         if self.place.path.exists():
             ours, prefix = True, self.options.prefix
             with suppress(PlanError), PlanStore.open(self.place.path) as before:
                 prefix = str(before.settings["options"]["prefix"])
-                folders |= set(before.splits()) if before.stage == "decided" else set()
+                shards, options = [], replace(self.options, prefix=prefix)
+                if before.stage == "decided":
+                    folders |= set(before.splits())
+                    shards = list(before.shards())
+                planned = {name for shard in shards for name in files_of(unit_name(options, shard))}
         doomed: list[str] = []
         for split in sorted(folders):
             names = self.output.sizes(split)
             lists = [name for name in names if name in (FOLDER_INDEX, *(() if split else LISTS))]
-            mine = [*lists, *our_files(names, prefix), *unfinished(names, prefix)] if ours else []
+            written = [n for n in our_files(names, prefix) if planned is None or in_split(split, n) in planned]
+            mine = [*lists, *written, *unfinished(names, prefix)] if ours else []
             doomed += [in_split(split, name) for name in mine]
             for name in sorted(set(names) - set(mine)):
                 if name.endswith(".tar") or name in lists:

@@ -99,16 +99,18 @@ def read_text(source: Source, remote: Remote) -> str | None:
             data = read_at_most(source.text_file, remote, MAX_TEXT_BYTES)
         else:
             regular = os.path.isfile(source.text_file) or not os.path.exists(source.text_file)
-            if not regular or os.stat(source.text_file).st_size > MAX_TEXT_BYTES:
-                raise ValueError(f"it is no regular file of {MAX_TEXT_BYTES} bytes at most")
+            if not regular:
+                raise ValueError("it is no regular file")
+            if os.stat(source.text_file).st_size > MAX_TEXT_BYTES:
+                raise ValueError(f"it has more than {MAX_TEXT_BYTES} bytes")
             data = Path(source.text_file).read_bytes()
+        return data.decode("utf-8-sig").strip()
     except (ConfigError, StorageError):
         raise
     except (OSError, ValueError, FramestreamError) as err:
         name = os.path.basename(source.text_file)
         why = without_secrets(_words(err), source.text_file)
         raise SampleError(f"{source.source}: its text {shown_url(name)} cannot be read ({why})") from err
-    return data.decode("utf-8", "replace").strip()
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from .verify_shard import (
     local_shard,
     with_samples,
 )
-from .verify_totals import copy_problems, total_problems
+from .verify_totals import copy_problems, report_problems, run_is_unfinished, total_problems
 from .verify_video import Decode
 
 TIMEOUT_S = 3600.0  # for one shard
@@ -94,7 +94,8 @@ def verify_folder(
         raise ConfigError(f"{root} is remote and nothing is written there: repair a local copy and upload its indexes")
     remote = Remote(dict(storage_options or {}))
     places = find_places(root, remote)
-    job = _Job(places, VerifyReport(), repair_index, workers or usable_cores(), timeout_s, progress)
+    unfinished = run_is_unfinished(root, remote)
+    job = _Job(places, VerifyReport(), repair_index, workers or usable_cores(), timeout_s, progress, unfinished)
     with tempfile.TemporaryDirectory(prefix="framestream-verify-") as scratch, Keys() as keys:
         tasks = [
             ShardTask(f"{place.path}/{name}", decode, decode_share, remote, f"{scratch}/{number}-{name}", size)
@@ -106,6 +107,12 @@ def verify_folder(
             job.check_place(place, repeated.get(number, ()))
             job.report.problems += map(place.said, copy_problems(place, root))
     job.report.problems += total_problems(root, remote, job.report.checks)
+    job.report.problems += report_problems(root, remote, places)
+    if unfinished:
+        job.report.problems.append(
+            "a run of `framestream shard` has not come to its end here: give the same command once more, or the parts "
+            "that are missing; it makes the other shards, and writes index.json and report.json."
+        )
     return job.report
 
 
@@ -117,6 +124,7 @@ class _Job:
     workers: int
     timeout_s: float
     progress: Progress | None
+    unfinished: bool  # a run that makes more shards is still to be ended
     recorded: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
     def check_shards(self, tasks: Sequence[ShardTask], keys: Keys) -> None:
@@ -189,11 +197,11 @@ class _Job:
         listed = folder_index_problems(place, checks)
         bare = [check for check in checks if check.bare]
         foreign = bool(bare) and not any(check.described for check in checks)
-        if self.repair_index and listed != [] and self._repaired(place, checks):
+        if self.repair_index and not self.unfinished and listed != [] and self._repaired(place, checks):
             problems += folder_index_problems(place, checks) or ()  # of shards whose bytes have changed
         elif listed is not None:
             problems += listed
-        elif not foreign:
+        elif not foreign and not self.unfinished:
             problems.append(f"there is no {FOLDER_INDEX}; `--repair-index` writes it.")
         problems += [c.index_problem for c in checks if c.index_problem and (c.has_index or not foreign)]
         if not foreign:

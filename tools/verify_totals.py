@@ -12,6 +12,7 @@ from framestream.pipeline.remote import Remote
 from framestream.pipeline.shard_paths import is_url
 from framestream.pipeline.shard_writer import FOLDER_INDEX
 
+from .plan_place import PLAN_FILE
 from .set_files import LEFT_OUT_FILE, REJECTS_FILE, REPORT_FILE
 from .verify_places import Place, part
 from .verify_shard import ShardCheck
@@ -43,6 +44,28 @@ def total_problems(root: str, remote: Remote, checks: Sequence[tuple[Place, Shar
     if of_inputs and of_clips:
         rejected, filtered, duplicate = of_inputs
         yield from _list_problems(place, rejected, filtered + duplicate, *of_clips)
+
+
+def run_is_unfinished(root: str, remote: Remote) -> bool:
+    """Whether a run of `framestream shard` has a plan in this folder, and no report yet."""
+    if not is_url(root):
+        return Path(root, PLAN_FILE).exists() and not Path(root, REPORT_FILE).exists()
+    try:
+        remote.size(f"{root}/{PLAN_FILE}")
+        return Place(root, "", {}, remote).read(REPORT_FILE, bytes) is None
+    except ShardError:
+        return False
+
+
+def report_problems(root: str, remote: Remote, places: Sequence[Place]) -> Iterator[str]:
+    """A report that has to be there and is not: what `index.json` says of a whole run is a copy out of it."""
+    try:
+        if Place(root, "", {}, remote).read(REPORT_FILE, bytes) is None and any(
+            part(place.json(FOLDER_INDEX), "inputs") for place in places
+        ):
+            yield f"there is no {REPORT_FILE}, although the run that wrote {FOLDER_INDEX} wrote one, too."
+    except ShardError:
+        return  # told where each of them is checked
 
 
 def sum_problems(name: str, content: Mapping[str, Any]) -> Iterator[str]:
