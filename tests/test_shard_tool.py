@@ -20,6 +20,7 @@ from framestream.tools.clips import Clip
 from framestream.tools.inputs import Source
 from framestream.tools.making import ClipTask, make_clip
 from framestream.tools.probing import ProbeTask, probe_source
+from framestream.tools.shard import summary
 from framestream.tools.shard_options import Cutting, Encoding, Filters, ShardOptions
 from framestream.tools.shard_run import build_shards
 from framestream.tools.verify import verify_folder
@@ -46,6 +47,7 @@ def test_whole_files_are_copied_untouched(videos: Path, tmp_path: Path) -> None:
     adds_up(report)
     assert report.inputs == {"found": 4, "sampled": 3, "rejected": 1, "filtered": 0, "duplicate": 0}
     assert report.other_files == {".md": 1, ".txt": 1}
+    assert (report.with_text, report.num_rejects) == (1, 1)
     got = samples(tmp_path / "out")
     assert [s.meta["source"] for s in got] == ["a.mp4", "b.c d.MOV", "sub/фильм №1.mkv"]
     assert [s.video_ext for s in got] == ["mp4", "mov", "mkv"]
@@ -63,6 +65,9 @@ def test_whole_files_are_copied_untouched(videos: Path, tmp_path: Path) -> None:
     assert on_disk["inputs"] == report.inputs
     assert on_disk["clips"] == report.clips
     assert verify_folder(tmp_path / "out", decode="all", workers=1).problems == []
+    assert summary(report, "out")[2] == "inputs with a text: 1"
+    (tmp_path / "out" / "rejects.jsonl").write_text("")
+    assert "rejects.jsonl has 0 lines, report.json says 1." in verify_folder(tmp_path / "out", workers=1).problems
 
 
 def test_clips_hold_exactly_their_frames(videos: Path, tmp_path: Path) -> None:

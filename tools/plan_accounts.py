@@ -9,7 +9,7 @@ from typing import Any
 
 from framestream.pipeline.errors import ShardError
 
-from .plan_schema import readable, scratch
+from .plan_schema import TEXT, readable, scratch
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Accounts:
         sampled: inputs with a clip that was written.
         rejected: inputs that cannot be used, those all of whose clips were lost included.
         filtered: inputs that are not wanted, by rule.
+        with_text: of the inputs that clips are planned of, those with a text.
         duplicates: inputs that were named twice, or have the pictures of an earlier one, whatever is said of them.
         clips_planned: = clips_written + clips_rejected.
         clips_dropped: clips that are not worth making and were not planned, by rule.
@@ -28,6 +29,7 @@ class Accounts:
 
     found: int
     sampled: int
+    with_text: int
     rejected: int
     filtered: dict[str, int]
     duplicates: int
@@ -50,6 +52,10 @@ def accounts(db: sqlite3.Connection, lost: Iterable[tuple[str, str]]) -> Account
         db.execute("SELECT rule, count(*) FROM verdicts WHERE kind = 'filtered' GROUP BY rule ORDER BY rule")
     )
     planned = _add_up(db, sum(kinds.values()))
+    ((with_text,),) = db.execute(
+        "SELECT count(*) FROM verdicts AS v JOIN inputs AS i ON i.number = v.number JOIN probes AS p "
+        f"ON p.number = i.probe WHERE v.kind = 'sampled' AND coalesce({TEXT}, '') != ''"
+    )
     ((all_lost,),) = db.execute(
         "SELECT count(*) FROM (SELECT input, count(*) AS n FROM temp.lost_clips GROUP BY input) AS l "
         "JOIN verdicts AS v ON v.number = l.input WHERE v.num_clips = l.n"
@@ -57,6 +63,7 @@ def accounts(db: sqlite3.Connection, lost: Iterable[tuple[str, str]]) -> Account
     return Accounts(
         found=sum(kinds.values()),
         sampled=kinds.get("sampled", 0) - all_lost,
+        with_text=with_text,
         rejected=kinds.get("rejected", 0) + all_lost,
         filtered=filtered,
         duplicates=kinds.get("duplicate", 0),

@@ -218,6 +218,7 @@ def summary(report: ShardReport, output: str) -> list[str]:
         f"{inputs['filtered']} filtered{_by_rule(report.filtered)}, {inputs['duplicate']} duplicates",
         f"{clips['planned']} clips: {clips['written']} written, {clips['rejected']} rejected; "
         f"{sum(clips['dropped'].values())} dropped before{_by_rule(clips['dropped'])}",
+        f"inputs with a text: {report.with_text}",
     ]
     for split, facts in report.splits.items():
         where = "/".join(filter(None, (output.rstrip("/"), split)))

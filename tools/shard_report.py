@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 from framestream.pipeline.shard_writer import FOLDER_INDEX, folder_index
@@ -29,6 +29,8 @@ class ShardReport:
         clips: planned = written + rejected; `dropped` counts by rule what was not planned.
         splits: per split ("" without splits) its samples, shards, bytes and seconds.
         other_files: files that were passed over because they are no videos, by extension.
+        with_text: of the inputs that clips are planned of, those with a text.
+        num_rejects: lines of `rejects.jsonl`.
         rejects: the first of them, as they stand in `rejects.jsonl`: source, reason, and for clips key, start and end.
     """
 
@@ -37,6 +39,8 @@ class ShardReport:
     clips: dict[str, Any]
     splits: dict[str, dict[str, Any]]
     other_files: dict[str, int]
+    with_text: int
+    num_rejects: int
     rejects: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
@@ -66,6 +70,7 @@ def finish(plan: PlanStore, outcomes: Iterable[tuple[str, Outcome]], output: Out
                 }
             )
     accounts = plan.accounts(lost)
+    num_rejects = _write_lines(output, REJECTS_FILE, plan.rejects(lost))
     report = ShardReport(
         inputs={
             "found": accounts.found,
@@ -91,9 +96,10 @@ def finish(plan: PlanStore, outcomes: Iterable[tuple[str, Outcome]], output: Out
             for name, totals in splits.items()
         },
         other_files=plan.other_files,
+        with_text=accounts.with_text,
+        num_rejects=num_rejects,
         rejects=list(islice(plan.rejects(lost), FIRST_REJECTS)),
     )
-    _write_lines(output, REJECTS_FILE, plan.rejects(lost))
     _write_lines(output, LEFT_OUT_FILE, plan.left_out())
     for name, totals in splits.items():
         output.prepare(name)
@@ -108,7 +114,11 @@ def _json(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
-def _write_lines(output: Output, name: str, records: Iterator[dict[str, Any]]) -> None:
-    """One JSON object a line; there may be millions."""
-    lines = (json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
+def _write_lines(output: Output, name: str, records: Iterator[dict[str, Any]]) -> int:
+    """One JSON object a line, of which there may be millions; how many there are."""
+    numbers = count()
+    lines = (
+        json.dumps(record, ensure_ascii=False).encode() + b"\n" for record, _ in zip(records, numbers, strict=False)
+    )
     output.write_lines(name, lines)
+    return next(numbers)

@@ -43,7 +43,9 @@ def total_problems(root: str, remote: Remote, checks: Sequence[tuple[Place, Shar
     of_inputs, of_clips = _numbers(inputs, "rejected", "filtered", "duplicate"), _numbers(clips, "rejected")
     if of_inputs and of_clips:
         rejected, filtered, duplicate = of_inputs
-        yield from _list_problems(place, rejected, filtered + duplicate, *of_clips)
+        yield from _list_problems(
+            place, rejected, filtered + duplicate, *of_clips, *(_numbers(report, "num_rejects") or [])
+        )
 
 
 def run_is_unfinished(root: str, remote: Remote) -> bool:
@@ -106,12 +108,16 @@ def _split_problems(report: Mapping[str, Any], checks: Sequence[tuple[Place, Sha
                 yield f"{where} {what} {number}, {REPORT_FILE} says {claimed}."
 
 
-def _list_problems(place: Place, inputs_rejected: int, inputs_left_out: int, clips_rejected: int) -> Iterator[str]:
+def _list_problems(
+    place: Place, inputs_rejected: int, inputs_left_out: int, clips_rejected: int, num_rejects: int | None = None
+) -> Iterator[str]:
     """The lists have one line for each reject, and for each input that was left out."""
     of_clips, of_inputs, problem = _lines(place, REJECTS_FILE)
     yield from problem
     if not problem and of_clips != clips_rejected:
         yield f"{REJECTS_FILE} lists {of_clips} clips, {REPORT_FILE} says {clips_rejected} clips rejected."
+    if not problem and num_rejects not in (None, of_clips + of_inputs):
+        yield f"{REJECTS_FILE} has {of_clips + of_inputs} lines, {REPORT_FILE} says {num_rejects}."
     # An input of which every clip was rejected is rejected too, and is listed by its clips.
     if not problem and not of_inputs <= inputs_rejected <= of_inputs + of_clips:
         yield f"{REJECTS_FILE} lists {of_inputs} inputs, {REPORT_FILE} says {inputs_rejected} inputs rejected."
