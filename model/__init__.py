@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .generation import GeneratedFrame as GeneratedFrame
     from .generation import generate_frames as generate_frames
     from .hf_trainer import AutoregressiveTrainer as AutoregressiveTrainer
+    from .patch_basis import CosineTower as CosineTower
     from .predictor import FramePredictor as FramePredictor
     from .rollout import RolloutOutput as RolloutOutput
     from .towers import PixelTower as PixelTower
@@ -43,6 +44,7 @@ _HOME = {
     "generation": "FrameGenerator GeneratedFrame generate_frames",
     "feature_cache": "FeatureCache",
     "hf_trainer": "AutoregressiveTrainer",
+    "patch_basis": "CosineTower",
     "predictor": "FramePredictor",
     "rollout": "RolloutOutput",
     "towers": "PixelTower Tower TowerAdapter as_tower",

@@ -2,7 +2,7 @@
 
     checkpoints/step-00000200/model.safetensors   trained weights (a frozen tower is not among them)
                               optimizer.pt        optimiser state, tensors and numbers only
-                              state.json          step, loader state, evaluation, format version
+                              state.json          step, loader state, best evaluation and of which clips, format version
     checkpoints/best.json                         which step was best, and how good
 
 A checkpoint is written to a temporary folder, every file is fsynced, and one rename makes it visible: a process
@@ -122,8 +122,9 @@ def write_checkpoint(
     for file in temporary.iterdir():
         fsync(file)
     fsync(temporary)
-    if final.exists():  # the same step again, after a resume: the old one is as good
+    if final.exists():  # the same step again, after a resume: all but what was evaluated is as it was
         shutil.rmtree(temporary)
+        write_json(final / STATE_FILE, full_state)
     else:
         temporary.rename(final)
         fsync(folder)
@@ -197,6 +198,11 @@ def prune(folder: Path, keep_last: int) -> None:
 def mark_best(folder: Path, step: int, error_ratio: float) -> None:
     """Remember which step's evaluation was the best so far."""
     write_json(folder / BEST_FILE, {"step": step, "error_ratio": error_ratio})
+
+
+def forget_best(folder: Path) -> None:
+    """Take back `mark_best`, as where what was evaluated has changed."""
+    (folder / BEST_FILE).unlink(missing_ok=True)
 
 
 def best_checkpoint(folder: Path) -> Path | None:

@@ -62,7 +62,8 @@ class Evaluation:
     `teacher_forced` is over every fast target frame, `slow` over every slow one (further apart in time, so harder to
     copy). `rollout[s]` is the (s+1)-th frame that the model generates from its own output, and `forced_steps[s]`
     the teacher-forced error on those frames, as far as the mask hides them from their query. In `rollout`, copy-last
-    repeats the last true history frame.
+    repeats the last true history frame. Of `unreadable` clips nothing is measured: the spares that a loader gives in
+    their place are clips of the same set, which would count twice.
     """
 
     clips: int
@@ -72,11 +73,31 @@ class Evaluation:
     forced_steps: tuple[ErrorSum, ...]
     leaking_targets: int
     seconds: float
+    unreadable: int = 0
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Evaluation:
+        """What `to_json` gave, of this or an earlier version."""
+
+        def errors(entry: Mapping[str, Any]) -> ErrorSum:
+            return ErrorSum(float(entry["model"]), float(entry["copy_last"]), int(entry["frames"]))
+
+        return cls(
+            clips=int(values["clips"]),
+            teacher_forced=errors(values["teacher_forced"]),
+            slow=errors(values["slow"]),
+            rollout=tuple(map(errors, values["rollout"])),
+            forced_steps=tuple(map(errors, values["forced_steps"])),
+            leaking_targets=int(values["leaking_targets"]),
+            seconds=float(values["seconds"]),
+            unreadable=int(values.get("unreadable", 0)),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, with the ratios written out."""
         return {
             "clips": self.clips,
+            "unreadable": self.unreadable,
             "teacher_forced": self.teacher_forced.to_json(),
             "slow": self.slow.to_json(),
             "rollout": [step.to_json() for step in self.rollout],
@@ -148,7 +169,8 @@ def evaluate(
         autocast: predict under autocast with this dtype; what is measured against stays in full precision.
 
     Returns:
-        Sums over this process's clips; `gather_evaluation` adds up those of all ranks.
+        Sums over this process's clips; `gather_evaluation` adds up those of all ranks. Clips that could not be read
+        are counted and left out, with the spares in their place.
 
     Raises:
         ConfigError: clips share sequences (`pack_to`).
@@ -163,7 +185,7 @@ def evaluate(
     on_leak = "exclude" if config.on_leak == "allow" else config.on_leak
     module.config = replace(config, on_leak=on_leak)
     metric, view = loss or config.loss, view_of(module)
-    clips = leaking = 0
+    clips = unreadable = leaking = 0
     forced = slow = ErrorSum()
     forced_steps = [ErrorSum()] * rollout_steps
     generated = [ErrorSum()] * rollout_steps
@@ -172,12 +194,15 @@ def evaluate(
             if number == max_batches:
                 break
             batch = move_batch(batch, device)
-            # A rank without a row of its own repeats one, which must not count twice.
             frames = module.prepare(batch)
             if frames.clip is not None:
                 raise ConfigError("an evaluation counts clips, and these share sequences: use a loader without pack_to")
             rows = batch.get("meta") or [{}] * len(frames.layouts)
-            real = torch.tensor([not meta.get("padding") for meta in rows])
+            # A rank without a row of its own repeats one, and a clip that cannot be read is replaced by a spare, which
+            # is another one of the set: neither must count twice.
+            padding = torch.tensor([bool(meta.get("padding")) for meta in rows])
+            spare = torch.tensor([meta.get("spare_for") is not None for meta in rows])
+            real = ~(padding | spare)
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 tokens = module.predict(frames)
                 made = generate(module, frames, rollout_steps).predictions if rollout_steps else None
@@ -196,11 +221,12 @@ def evaluate(
                     generated[s] += ErrorSum.over(step_error[:, s], step_copied[:, s])
             leaking += int((frames.has_target & ~frames.scored).cpu()[real].sum())
             clips += int(real.sum())
+            unreadable += int((spare & ~padding).sum())
     finally:
         module.config = config
         module.train(was_training)
     seconds = time.perf_counter() - started
-    return Evaluation(clips, forced, slow, tuple(generated), tuple(forced_steps), leaking, seconds)
+    return Evaluation(clips, forced, slow, tuple(generated), tuple(forced_steps), leaking, seconds, unreadable)
 
 
 def gather_evaluation(mine: Evaluation) -> Evaluation:
@@ -223,6 +249,7 @@ def gather_evaluation(mine: Evaluation) -> Evaluation:
         forced_steps=tuple(total(parts) for parts in zip(*(e.forced_steps for e in everyone), strict=True)),
         leaking_targets=sum(e.leaking_targets for e in everyone),
         seconds=max(e.seconds for e in everyone),
+        unreadable=sum(e.unreadable for e in everyone),
     )
 
 

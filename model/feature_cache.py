@@ -134,15 +134,24 @@ class FeatureCache:
             self._count()
 
 
-def fingerprint(tower: nn.Module) -> str:
-    """16 hex digits of what a tower's output depends on: its layers, settings, weights and buffers."""
+def fingerprint(tower: nn.Module, *, portable: bool = False) -> str:
+    """16 hex digits of what a tower's output depends on: its layers, settings, weights and buffers.
+
+    Args:
+        tower: one that follows the protocol.
+        portable: leave out what the same tower may have otherwise elsewhere: where a model was loaded from and by which
+            version of a library, attributes with a name like `_this`, and buffers that are computed instead of saved.
+    """
     digest = hashlib.sha256(repr(tower).encode())
-    digest.update(repr(_settings(tower)).encode())
-    for part in tower.modules():
+    digest.update(repr(_settings(tower, portable)).encode())
+    for part in () if portable else tower.modules():
         config = getattr(part, "config", None)
         settings: Any = config.to_dict() if config is not None and hasattr(config, "to_dict") else None
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    saved = tower.state_dict().keys() if portable else ()
     for name, value in _tensors(tower):
+        if portable and name not in saved:
+            continue
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         digest.update(_raw(value))
     return digest.hexdigest()[:16]
@@ -153,10 +162,12 @@ def _tensors(tower: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from tower.named_buffers()
 
 
-def _settings(tower: nn.Module) -> list[object]:
+def _settings(tower: nn.Module, portable: bool = False) -> list[object]:
     found: list[object] = []
     for name, part in tower.named_modules():
         own = sorted(item for item in vars(part).items() if item[0] not in _NO_SETTINGS and _is_plain(item[1]))
+        if portable:
+            own = [(key, value) for key, value in own if key != "name_or_path" and not key.startswith("_")]
         found.append((name, type(part).__qualname__, own))
     return found
 

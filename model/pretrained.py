@@ -1,7 +1,8 @@
 """A trained module as a folder that another program can open: settings and weights, without the tower.
 
-    folder/config.json         the settings of `ReconstructionConfig`, `hidden_size`, a format version and the SHA-256
-                               of the weights, so that the files of two saves, one of them killed, are not mixed
+    folder/config.json         the settings of `ReconstructionConfig`, `hidden_size`, a format version, a digest of the
+                               tower, so that no other one is taken for it, and the SHA-256 of the weights, so that
+                               the files of two saves, one of them killed, are not mixed
            model.safetensors   trained weights
 
 Both are plain values and numbers; nothing that is read here executes code.
@@ -19,6 +20,7 @@ from torch import nn
 from framestream.pipeline.errors import ConfigError, StateError
 
 from .checkpoint import MODEL_FILE, load_weights, read_json, weights_of, write_json, write_weights
+from .feature_cache import fingerprint
 from .reconstruction_config import ReconstructionConfig
 
 if TYPE_CHECKING:
@@ -46,16 +48,23 @@ def save_pretrained(module: AutoregressiveReconstruction, folder: str | Path) ->
     except OSError as err:
         raise ConfigError(f"{folder} cannot be made ({err}): give another folder.") from err
     digest = write_weights(folder / MODEL_FILE, weights_of(module))
-    facts = {"version": FORMAT_VERSION, "weights_sha256": digest, "hidden_size": module.hidden_size}
+    facts = {
+        "version": FORMAT_VERSION,
+        "weights_sha256": digest,
+        "hidden_size": module.hidden_size,
+        "tower": fingerprint(module.tower.tower, portable=True),
+    }
     write_json(folder / CONFIG_FILE, {**facts, **dataclasses.asdict(module.config)})
 
 
 def from_pretrained(kind: type[Module], folder: str | Path, vision_tower: nn.Module) -> Module:
     """Build a `kind` from what `save_pretrained` wrote, around a tower like the one it was trained on.
 
+    Folders of earlier versions do not say which tower that was; any with its `embedding_dim` is taken then.
+
     Raises:
-        StateError: no such folder, damaged files, another format version, or weights that do not fit, or that were not
-            saved together with the settings.
+        StateError: no such folder, damaged files, another format version, weights that do not fit, or that were not
+            saved together with the settings, or a tower of other settings or weights.
         ConfigError: unknown or impossible settings, or a tower of another `embedding_dim`.
     """
     path = Path(folder) / CONFIG_FILE
@@ -66,6 +75,7 @@ def from_pretrained(kind: type[Module], folder: str | Path, vision_tower: nn.Mod
     if not isinstance(settings, dict) or settings.pop("version", None) != FORMAT_VERSION:
         raise StateError(f"{path} is not of format version {FORMAT_VERSION}: give a folder that save_pretrained wrote.")
     digest, hidden_size = settings.pop("weights_sha256", None), settings.pop("hidden_size", None)
+    trained_on = settings.pop("tower", None)
     if isinstance(hidden_size, bool) or not isinstance(hidden_size, int) or hidden_size < 1:
         raise ConfigError(f"hidden_size in {path} must be a whole number of at least 1, got {hidden_size!r}.")
     try:
@@ -75,6 +85,12 @@ def from_pretrained(kind: type[Module], folder: str | Path, vision_tower: nn.Mod
     _check_weights(Path(folder), digest)
     module = kind(vision_tower, hidden_size, config)
     load_weights(Path(folder), module)
+    if trained_on not in (None, fingerprint(module.tower.tower, portable=True)):
+        raise StateError(
+            f"{path}: the module was trained on another tower than this {type(vision_tower).__name__}: its kind, "
+            "settings (such as patch size, mean and std), precision or weights differ. Give the tower of the training; "
+            'whoever is sure that this one is as good removes the key "tower" from that file.'
+        )
     return module.eval()
 
 

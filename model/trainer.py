@@ -7,6 +7,7 @@ function of its state. A run that was killed and resumed therefore computes the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -146,6 +147,13 @@ def _optimizer(module: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2))
 
 
+def _told_apart(loader: ResumableLoader | None) -> str | None:
+    """16 hex digits of which clips a loader gives, however many at a time; None where it does not say."""
+    facts = {} if loader is None else loader.state_dict().get("fingerprint", {})
+    named = without(facts, ("global_batch",))
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16] if named else None
+
+
 def train(
     module: AutoregressiveReconstruction,
     loader: ResumableLoader,
@@ -157,6 +165,7 @@ def train(
     eval_loader: ResumableLoader | None = None,
     ranks: Ranks | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    on_start: Callable[[bool], None] | None = None,
 ) -> TrainResult:
     """Train `module`, from the newest checkpoint in `output` where there is one.
 
@@ -170,6 +179,8 @@ def train(
         eval_loader: held-out clips; None evaluates nothing.
         ranks: of `distributed()`.
         on_progress: called after every step on rank 0.
+        on_start: called on rank 0 before the first step, when everything fits, with whether it is forgotten which step
+            was the best: the held-out clips are others than those that the checkpoint was measured on.
 
     Raises:
         ConfigError: `output` holds a run with another config, or the loader gives nothing.
@@ -195,6 +206,9 @@ def train(
         step = newest.step
     resumed_from = step
     best = float(newest.state["best"]) if newest is not None and newest.state["best"] is not None else math.inf
+    measured_on, before = _told_apart(eval_loader), None if newest is None else newest.state.get("held_out")
+    other_clips = None not in (measured_on, before) and measured_on != before
+    measured_on = measured_on or before
 
     watch = MaskWatch(module, device) if settings.compile else None
     if settings.compile:
@@ -205,9 +219,16 @@ def train(
         ckpt.load_optimizer(newest.path, optimizer)
     autocast_dtype = torch.bfloat16 if settings.precision == "bf16" else None
     parameters = [p for p in module.parameters() if p.requires_grad]
-    evaluated_at_the_end = any(
+    evaluated_at_the_end = not other_clips and any(
         row["step"] == step == settings.steps and "eval" in row for row in read_metrics(output / METRICS_FILE)
     )
+    forgotten = other_clips and math.isfinite(best)
+    if other_clips:
+        best = math.inf
+        if first_rank:
+            ckpt.forget_best(folder)
+    if first_rank and on_start:
+        on_start(forgotten)
     metrics = MetricsLog(output, resumed_from, settings.tensorboard, first_rank)
     clock, samples, started = Clock(), 0, time.perf_counter()
     window_start, window_samples, window_wait = started, 0, 0.0
@@ -223,9 +244,11 @@ def train(
                     "loader": loader.state_dict(),
                     "config": plain_config,
                     "best": best if math.isfinite(best) else None,
+                    "held_out": measured_on,
                 }
                 ckpt.write_checkpoint(folder, weights, moments, state)
-                ckpt.prune(folder, settings.keep_last)
+                if step > resumed_from:  # a finished run that is only evaluated again loses nothing
+                    ckpt.prune(folder, settings.keep_last)
 
     def measure() -> Evaluation:
         nonlocal best

@@ -6,7 +6,7 @@ import inspect
 import os
 import weakref
 from collections.abc import Generator, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -14,6 +14,7 @@ from .batches import BatchMaker, Delivery, Failure, RankBatches, pinned
 from .cuda_lanes import Lanes
 from .deaths import Coroner
 from .decode import GPU_BACKENDS, load_reader
+from .errors import ConfigError, StateError
 from .health import Health, NoSpareError
 from .prefetch import ReadAhead
 from .shard_prefetch import ShardPrefetch
@@ -22,13 +23,39 @@ from .trainer_side import READ_AHEAD, TrainerSide
 from .workers import WorkerCounts, WorkerPool
 
 
+class _Loop(Iterator[dict[str, Any]]):
+    """One `for batch in loader`. Dropping or closing it ends its threads at once."""
+
+    def __init__(self, batches: Generator[dict[str, Any], None, None]) -> None:
+        self._batches, self._superseded = batches, False
+
+    def __next__(self) -> dict[str, Any]:
+        if self._superseded:  # to end in silence would pass for the end of the epoch
+            raise StateError(
+                "This loop over the loader was ended by another one that began over the same loader, and a loader runs "
+                "one loop at a time; to look at a batch in the middle of a loop take the one that the loop gave, or "
+                "build a second loader for it."
+            )
+        return next(self._batches)
+
+    def close(self) -> None:
+        """End here; what runs at this moment, as where a signal handler closes the loader, is let run."""
+        if inspect.getgeneratorstate(self._batches) != inspect.GEN_RUNNING:
+            self._batches.close()
+
+    def supersede(self) -> None:
+        """End because another loop begins. One that is over already stays over."""
+        self._superseded = self._superseded or inspect.getgeneratorstate(self._batches) != inspect.GEN_CLOSED
+        self.close()
+
+
 class ClipLoader:
     """Batches of clips, epoch after epoch. Built by `build_loader`.
 
     Each `for batch in loader` is one epoch, the next one each time, also after a loop that was left early. Only
     after `load_state_dict` the next loop continues the epoch of the state where it stood; a state that was saved
     after an epoch's last batch gives an empty remainder, and the loop after it is the next epoch. One loop runs
-    at a time: starting another ends the first.
+    at a time: starting another ends the first, which raises a StateError when it is asked for its next batch.
 
     What comes at which place depends on data, settings and seed alone, never on the number of workers; with the
     same global batch (`batch_size` times ranks) a run may also continue on another number of ranks.
@@ -65,7 +92,7 @@ class ClipLoader:
         self._prefetch = [ShardPrefetch(*both) for both in zip(source.shards, source.order.orders, strict=True)]
         self._fresh = True  # the next loop takes up `_progress` instead of beginning the next epoch
         # Weak, so that leaving the loop ends it at once, and with it its thread.
-        self._running: weakref.ref[Generator[dict[str, Any], None, None]] | None = None
+        self._running: weakref.ref[_Loop] | None = None
         self._counts = WorkerCounts()
         self._filled = 0.0  # fill rates of packed batches, summed up
         self._pool: list[WorkerPool] = []  # one, once a loop with workers has begun
@@ -107,13 +134,22 @@ class ClipLoader:
         return len(self._rows)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        self._leave()
+        if (before := self._loop()) is not None:
+            before.supersede()
         if not self._fresh:
             self._progress = Progress(self._progress.epoch + 1, 0)
         self._fresh = False
-        loop = self._epoch_batches(self._progress)
+        loop = _Loop(self._epoch_batches(self._progress))
         self._running = weakref.ref(loop)
         return loop
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        """Say what to do instead; a DataLoader asks for samples by number."""
+        raise ConfigError(
+            "A ClipLoader has no samples by number and goes into no DataLoader, because it batches, shards and has "
+            "workers itself: iterate over the loader, see framestream.pipeline.frameworks for the HF Trainer and "
+            "Lightning, or give a ClipDataset to the DataLoader."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the loader stands, JSON-serialisable: `{version, seed, epoch, consumed, fingerprint}`.
@@ -148,6 +184,7 @@ class ClipLoader:
         `worker_busy_share`, of the same time, that workers were at work. `worker_restarts`, workers that died or
         overran their time and were replaced. `cache_hits` and `cache_misses`, samples of remote shards that were at
         hand when they were needed, and that had to wait for a download. `rejects`, `reject_share`, `spares`,
+        `lost_samples`, those of the data as a whole that its shards should hold by their index and do not,
         `without_meta`, samples whose JSON was missing or damaged, and `cpu_fallbacks`, samples that the GPU's decoder
         could not decode and the CPU's did. In a mixture `samples/NAME` for each dataset. With `pack_to`, `fill_rate`:
         the mean over batches.
@@ -177,11 +214,11 @@ class ClipLoader:
         on_gpu = self.decoder in GPU_BACKENDS  # by name, for a model that is elsewhere
         return torch.device("cuda", torch.cuda.current_device()) if on_gpu else None
 
+    def _loop(self) -> _Loop | None:
+        return None if self._running is None else self._running()
+
     def _leave(self) -> None:
-        loop = None if self._running is None else self._running()
-        if (
-            loop is not None and inspect.getgeneratorstate(loop) != inspect.GEN_RUNNING
-        ):  # it runs where a signal handler closes the loader
+        if (loop := self._loop()) is not None:
             loop.close()
 
     def _epoch_batches(self, progress: Progress) -> Generator[dict[str, Any], None, None]:

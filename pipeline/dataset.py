@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
 from .cache import DEFAULT_CACHE_BYTES
 from .clip_order import ClipOrder
 from .deaths import Banned
-from .errors import SampleError
+from .errors import ConfigError, SampleError
 from .health import ClipReport, NoSpareError, Reject
 from .order import SampleOrder
 from .sampling import Sampling
@@ -50,12 +50,20 @@ class ClipSource:
         order: of all of them.
         transform: sample to clip.
         names: of the datasets of a mixture, which `meta["dataset"]` then tells; empty where there is one.
+        spares: False raises the SampleError of a sample that cannot be used instead of replacing it.
     """
 
     def __init__(
-        self, shards: Sequence[ShardSet], order: ClipOrder, transform: ClipTransform, names: Sequence[str] = ()
+        self,
+        shards: Sequence[ShardSet],
+        order: ClipOrder,
+        transform: ClipTransform,
+        names: Sequence[str] = (),
+        *,
+        spares: bool = True,
     ) -> None:
         self.shards, self.order, self.transform, self.names = tuple(shards), order, transform, tuple(names)
+        self.spares = spares
         self.watch: Watch | None = None  # of the worker process that this is in
         self.limit_s = 3 * transform.timeout_s  # opening, reading frames, and as much again to be sure
         self._want = frozenset({"video", "json", "txt", *transform.fields})
@@ -70,6 +78,7 @@ class ClipSource:
 
         Raises:
             NoSpareError: neither the sample nor any spare tried in its place can be used.
+            SampleError: the sample cannot be used, and there are to be no spares.
             ShardError: a shard cannot be read.
         """
         rejects: list[Reject] = []
@@ -83,6 +92,8 @@ class ClipSource:
             try:
                 clip = self.transform.clip(planned.request)
             except SampleError as err:
+                if not self.spares:
+                    raise
                 planned.rejects.append(self._rejected(planned.place, str(err)))
                 planned.place, planned.request = self._request(planned.epoch, planned.position, planned.rejects)
                 continue
@@ -127,6 +138,8 @@ class ClipSource:
                 if self.watch is not None:
                     self.watch.limit(self.limit_s)
             except SampleError as err:
+                if not self.spares:
+                    raise
                 rejects.append(self._rejected(place, str(err)))
                 continue
             request.read_ms += (read - started) * 1e3
@@ -155,13 +168,15 @@ class ClipDataset(Dataset[dict[str, Any]]):
     `dataset[i]` is a clip dict as `ClipTransform` describes it, and negative indices count from the end. Shuffling
     is the sampler's business. Use `ClipCollator` as `collate_fn`:
 
-        DataLoader(ClipDataset("shards/", sampling=...), batch_size=8, shuffle=True, num_workers=4,
+        DataLoader(ClipDataset("shards/train", sampling=...), batch_size=8, shuffle=True, num_workers=4,
                    collate_fn=ClipCollator(patches_per_frame=256))
 
-    A sample that cannot be used is replaced by a spare, marked in `meta` (`spare_for`, `rejects`).
+    A sample that cannot be used is replaced by a spare, marked in `meta` (`spare_for`, `rejects`), so that training
+    goes on. Where index i has to be clip i and no other, `on_bad="raise"` raises the SampleError instead.
 
     Args:
         shards: folder, tar, list, glob, brace pattern, URL, or a `ShardSet`.
+        on_bad: what a sample that cannot be used becomes: a "spare", or an error ("raise").
         sampling, image_size, crop, decoder, random_end, transform, fields, timeout_s, checksums: as in `ClipTransform`.
         seed: seed of the random choices and spares.
         storage_options: for remote shards, handed to fsspec.
@@ -176,6 +191,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self,
         shards: ShardSet | ShardsArgument,
         *,
+        on_bad: Literal["spare", "raise"] = "spare",
         sampling: Sampling | Mapping[str, Any],
         image_size: int = 224,
         crop: Crop = "center",
@@ -190,6 +206,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
         timeout_s: float = 30.0,
         checksums: bool = True,
     ) -> None:
+        if on_bad not in ("spare", "raise"):
+            raise ConfigError(f"on_bad is {on_bad!r}; valid values are spare, raise.")
         clip_transform = ClipTransform(
             sampling,
             image_size=image_size,
@@ -204,7 +222,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         )
         opened = ShardSet.open(shards, storage_options=storage_options, cache_dir=cache_dir, cache_bytes=cache_bytes)
         order = ClipOrder([SampleOrder(opened.sizes, seed=seed, shuffle=False)], seed)
-        self.source = ClipSource([opened], order, clip_transform)
+        self.source = ClipSource([opened], order, clip_transform, spares=on_bad == "spare")
         self.epoch = 0
 
     def __len__(self) -> int:

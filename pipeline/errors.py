@@ -31,7 +31,8 @@ class DecodeError(SampleError):
 
 
 class StateError(FramestreamError):
-    """A saved state does not belong to this data, these settings or this version."""
+    """A saved state does not belong to this data, these settings or this version; or a loop is no longer the one that its
+    loader runs."""
 
 
 class RejectLimitError(FramestreamError):

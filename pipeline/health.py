@@ -11,7 +11,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TypedDict
 
-from .errors import ConfigError, RejectLimitError
+from .errors import ConfigError, RejectLimitError, ShardError
+from .shard_listing import ListedShard
 
 #: The reject limit is not applied before this many samples were tried: a share of a few means nothing.
 SAMPLES_BEFORE_LIMIT = 100
@@ -78,6 +79,7 @@ class Health:
         self.max_reject_share = max_reject_share
         self.rejects_path = None if rejects_path is None else Path(rejects_path)
         self.samples = self.batches = self.rejects = self.spares = self.without_meta = self.fallbacks = 0
+        self.lost = 0  # samples that shards no longer hold, over all ranks
         self.waited = self.used = 0.0  # seconds: the consumer in the loader, the consumer elsewhere
         self.cache_hits = self.cache_misses = 0
         self.datasets: Counter[str] = Counter()
@@ -148,6 +150,41 @@ class Health:
                 f"{self.max_reject_share:g} allows; the last was {last['key']} in {last['shard']}: {last['reason']}"
             )
 
+    def lose(self, shards: Sequence[ListedShard], found: int, *, write: bool = True) -> None:
+        """Count the samples that shards should hold by their index and do not; known when they are opened.
+
+        Args:
+            shards: those that lack samples.
+            found: samples of the whole set.
+            write: write one line per shard into `rejects_path`; for one of the ranks.
+
+        Raises:
+            ShardError: they are more than `max_reject_share` of the samples that should be there.
+        """
+        if not shards:
+            return
+        self.lost = sum(shard.lost for shard in shards)
+        if write:
+            self._append(
+                [
+                    {
+                        "shard": shard.path,
+                        "key": "",
+                        "reason": f"{shard.lost} of its {shard.expected} samples are lost: {shard.why}",
+                    }
+                    for shard in shards
+                ]
+            )
+        expected = found + self.lost
+        if self.lost > self.max_reject_share * expected:
+            worst = max(shards, key=lambda shard: shard.lost)
+            raise ShardError(
+                f"{self.lost} of {expected} samples are lost, more than max_reject_share={self.max_reject_share:g} "
+                f"allows; {worst.path} holds {worst.num_samples} of the {worst.expected} samples that its index lists "
+                f"({worst.why}). `framestream verify` on its folder says more; copy or write it again, or accept what "
+                "is there with a higher max_reject_share."
+            )
+
     def stats(self) -> dict[str, float]:
         """Return the counters as a flat dict; times are per sample, since the loader was built."""
         tried = self.samples + self.rejects
@@ -164,6 +201,7 @@ class Health:
             "rejects": self.rejects,
             "reject_share": self.rejects / tried if tried else 0.0,
             "spares": self.spares,
+            "lost_samples": self.lost,
             "without_meta": self.without_meta,
             "cpu_fallbacks": self.fallbacks,
             **{f"samples/{name}": count for name, count in self.datasets.items()},

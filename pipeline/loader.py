@@ -111,8 +111,9 @@ def build_loader(
         cache_dir: where remote shards and their indexes are kept.
         cache_bytes: limit of what is kept of remote shards; two windows should fit.
         epoch_samples: samples that make an epoch of a mixture; default as many as all its datasets hold.
-        max_reject_share: share of rejected samples above which the run stops, applied from 100 samples on.
-        rejects_path: JSON Lines file to which rejected samples are appended.
+        max_reject_share: share of rejected samples above which the run stops, applied from 100 samples on. Also the
+            share of samples that shards may lack by their index, as after a cut, applied here; 1 accepts all.
+        rejects_path: JSON Lines file to which rejected samples are appended, and shards that lack samples.
         rank, world_size: default to torch.distributed where it is initialised, else to the environment variables
             RANK and WORLD_SIZE, else to 0 of 1.
         device: where the model runs, default the current GPU where there is one. `frame_mask` is prepared for it
@@ -124,7 +125,7 @@ def build_loader(
 
     Raises:
         ConfigError: an impossible or unknown setting, all of them checked here.
-        ShardError: there are no shards, or one cannot be indexed.
+        ShardError: there are no shards, one cannot be indexed, or more samples are lost than `max_reject_share` allows.
     """
     rank, world_size = _place(rank, world_size)
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -190,6 +191,8 @@ def build_loader(
         cache_dir=cache_dir,
         cache_bytes=cache_bytes,
     )
+    lost = [shard for each in source.sets for shard in each.lost]
+    health.lose(lost, sum(each.num_samples for each in source.sets), write=rank == 0)
     global_batch = batch_size * world_size
     if drop_last and len(source.order) < global_batch:
         raise ConfigError(

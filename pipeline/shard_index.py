@@ -15,7 +15,7 @@ import logging
 import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,7 +34,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What is in one tar. `sha256` is known where we wrote the tar; `note` is the writer's own remark."""
+    """What is in one tar. `sha256` is known where we wrote the tar; `note` is the writer's own remark.
+
+    `cut` says that a walk stopped before the end of the tar. `promised` is how many samples the index beside the tar
+    lists, where that one no longer fits the tar and this one was built.
+    """
 
     name: str
     num_bytes: int
@@ -42,6 +46,8 @@ class ShardIndex:
     problems: tuple[str, ...] = ()
     sha256: str | None = None
     note: Mapping[str, Any] = field(default_factory=dict)
+    cut: bool = False
+    promised: int | None = None
 
     def to_bytes(self) -> bytes:
         """The index file: JSON, the same bytes for the same content."""
@@ -56,6 +62,10 @@ class ShardIndex:
             content["problems"] = list(self.problems)
         if self.note:
             content["note"] = dict(self.note)
+        if self.cut:
+            content["cut"] = True
+        if self.promised is not None:
+            content["promised"] = self.promised
         text = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
         return (
             text.encode("utf-8", "surrogatepass") + b"\n"
@@ -80,6 +90,8 @@ class ShardIndex:
                 tuple(map(str, content.get("problems", ()))),
                 content.get("sha256"),
                 dict(content.get("note", {})),
+                content.get("cut") is True,
+                int(content["promised"]) if "promised" in content else None,
             )
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as err:
             raise ShardError(
@@ -147,6 +159,7 @@ class _Walk:
         self.last_key: str | None = None
         self.half: set[str] = set()
         self.left_out: list[str] = []
+        self.cut = False
 
     def run(self, file: BinaryIO) -> ShardIndex:
         size = os.fstat(file.fileno()).st_size
@@ -162,8 +175,10 @@ class _Walk:
                 self._suspect_last(more_follows="damaged header" in fault)
         elif any(tail) or _goes_on(file):
             self._suspect_last(more_follows=any(tail))  # an end marker has two blocks, a zeroed header may be one
+            self.cut = True
             self.problems.append(f"{self.name} goes on behind its end marker at byte {end}; that part is not read")
         if fault:
+            self.cut = True
             lost = len(self.promised.keys() - self.samples.keys())
             self.problems.insert(0, f"{self.name} {fault}" + (f"; {lost} samples behind it are lost" if lost else ""))
         if self.left_out:
@@ -183,7 +198,7 @@ class _Walk:
                 samples.append(IndexedSample(key, members))
         if not samples:
             self.problems.append(f"{self.name} holds no usable sample")
-        return ShardIndex(self.name, size, SampleTable(samples), tuple(self.problems))
+        return ShardIndex(self.name, size, SampleTable(samples), tuple(self.problems), cut=self.cut)
 
     def _headers(self, file: BinaryIO, size: int) -> tuple[int, str | None]:
         """Read all headers; return where the last whole member ends and what stopped the walk, if anything did."""
@@ -279,7 +294,7 @@ def load_index(path: str | Path, cache_dir: Path) -> ShardIndex:
             continue
         in_cache = place.parent != path.parent
         if index.num_bytes == stat.st_size and (not in_cache or index.note.get("mtime_ns") == stat.st_mtime_ns):
-            return index
+            return replace(index, promised=len(promised.samples)) if promised is not None else index
         if not in_cache:
             promised = index
     index = index_tar(path, promised=promised)
@@ -288,9 +303,9 @@ def load_index(path: str | Path, cache_dir: Path) -> ShardIndex:
         problems.insert(0, f"{path.name} has {stat.st_size} bytes, its index was made for {promised.num_bytes}")
     if note:
         problems.insert(0, note)
-    index = ShardIndex(index.name, index.num_bytes, index.samples, tuple(problems))
+    index = replace(index, problems=tuple(problems))
     _store(index, path, cache_dir, stat.st_mtime_ns)
-    return index
+    return replace(index, promised=len(promised.samples)) if promised is not None else index
 
 
 def _cached_index(path: Path, cache_dir: Path) -> Path:
@@ -306,7 +321,7 @@ def _store(index: ShardIndex, path: Path, cache_dir: Path, mtime_ns: int) -> Non
         except OSError:
             log.debug("cannot write %s, the index goes to the cache", beside)
     cached = _cached_index(path, cache_dir)
-    noted = ShardIndex(index.name, index.num_bytes, index.samples, index.problems, None, {"mtime_ns": mtime_ns})
+    noted = replace(index, note={"mtime_ns": mtime_ns})
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(cached, noted.to_bytes())

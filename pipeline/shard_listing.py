@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +26,23 @@ log = logging.getLogger(__name__)
 
 
 class ListedShard(NamedTuple):
-    """One shard of a set. `num_bytes` and `sha256` are what the index says, where it says so."""
+    """One shard of a set. `num_bytes` and `sha256` are what the index says, where it says so.
+
+    `expected` is how many samples the folder's index or the one beside the shard lists, where the shard is cut and no
+    longer fits them; `why` then says what is wrong. A whole tar in the place of another one has lost nothing.
+    """
 
     path: str  # local path or URL
     num_samples: int
     num_bytes: int | None
     sha256: str | None
+    expected: int | None = None
+    why: str = ""
+
+    @property
+    def lost(self) -> int:
+        """Samples that were in the shard by its index and cannot be had."""
+        return max(0, (self.expected or 0) - self.num_samples)
 
 
 class Listing:
@@ -49,6 +61,7 @@ class Listing:
         """
         listed: list[ListedShard | None] = []
         notes: dict[int, list[str]] = {}
+        expected: dict[int, int] = {}
         present: dict[str, set[str]] = {}
         for number, (path, num_bytes) in enumerate(found.tars):
             folder, name = split(path)
@@ -61,11 +74,16 @@ class Listing:
             listed.append(None)
             if entry is not None:
                 notes[number] = [f"{name} has {num_bytes} bytes, {FOLDER_INDEX} says {entry['bytes']}"]
+                expected[number] = entry["samples"]
             else:
                 notes[number] = [f"{name} is not listed in {FOLDER_INDEX}"] if known else []
         for number, index in zip(notes, self._indexes([found.tars[number] for number in notes]), strict=True):
             notes[number] += index.problems
-            listed[number] = ListedShard(found.tars[number].path, len(index.samples), index.num_bytes, None)
+            shard = ListedShard(found.tars[number].path, len(index.samples), index.num_bytes, None)
+            if index.cut:
+                promised, why = expected.get(number, index.promised), "; ".join(notes[number][:3])
+                shard = shard._replace(expected=promised, why=why)
+            listed[number] = shard
         problems = self.problems + [note for each in notes.values() for note in each] + self._missing(present, found)
         return [shard for shard in listed if shard is not None], problems
 
@@ -77,10 +95,13 @@ class Listing:
             num_bytes = self.cache.size(path)
         kept = self._kept(path, sha256)
         promised: ShardIndex | None = None
+        built: ShardIndex | None = None  # earlier, because the one beside the shard did not fit
         with suppress(OSError, ShardError):
             index = ShardIndex.from_bytes(kept.read_bytes(), str(kept))
             if index.num_bytes == num_bytes:
-                return index
+                if index.promised is None:
+                    return index
+                built = index  # unless the one beside it was repaired since then
         url = path.removesuffix(".tar") + ".idx.json"
         try:
             promised = self.cache.read_small(url, lambda data: ShardIndex.from_bytes(data, url))
@@ -89,13 +110,16 @@ class Listing:
         fits = promised is not None and promised.num_bytes == num_bytes
         if promised is not None and fits and not (sha256 and promised.sha256 and sha256 != promised.sha256):
             index = promised
+        elif built is not None:
+            return built
         else:
             with self.cache.open(path, num_bytes=num_bytes, sha256=sha256) as lease:
                 name = split(path)[1]
                 index = index_tar(self.cache.path(path, sha256), name=name, promised=promised)
                 if promised is not None and not fits:
                     note = f"{name} has {lease.num_bytes} bytes, its index was made for {promised.num_bytes}"
-                    index = ShardIndex(name, index.num_bytes, index.samples, (note, *index.problems))
+                    problems = (note, *index.problems)
+                    index = replace(index, problems=problems, promised=len(promised.samples))
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(kept, index.to_bytes())

@@ -75,6 +75,8 @@ class ShardSet:
         sizes: number of usable samples of each shard.
         num_samples: their sum.
         problems: one sentence per thing that was wrong with the shards and is worked round.
+        lost: the shards that were cut and hold fewer samples than their index lists; each has `path`, `num_samples`,
+            `expected`, `lost` and `why`.
         fingerprint: hex digest of names, bytes, sample counts and checksums; the folder's place does not enter.
     """
 
@@ -82,6 +84,7 @@ class ShardSet:
         self._shards = shards
         self._cache = cache
         self.problems = problems
+        self.lost = tuple(shard for shard in shards if shard.lost)
         self.paths = tuple(shard.path for shard in shards)
         self.names = _relative_names(self.paths)
         self.sizes = tuple(shard.num_samples for shard in shards)

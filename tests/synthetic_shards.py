@@ -49,3 +49,20 @@ def make_shards(
             meta = {**info, "source": f"clip-{number}{suffix}", "text": caption, "user": {"number": number}}
             writer.write(clip_key(number), video, suffix[1:], meta, caption if text else None)
     return Path(folder)
+
+
+def make_project(folder: Path, code: str) -> Path:
+    """A folder as the code of a page assumes it, made once: `shards/` with a few clips, and `more/` with some.
+
+    Code that reads `shards/train` gets what `framestream shard --val-share` makes: tars in `shards/train` and
+    `shards/val`, and none in `shards/` itself.
+    """
+    split = "shards/train" in code
+    project = folder / ("split" if split else "plain")
+    if not project.exists():
+        make_shards(project / "more", num_samples=4, samples_per_shard=2, prefix="more")
+        train = project / "shards" / ("train" if split else "")
+        make_shards(train, num_samples=6, samples_per_shard=3, num_frames=32)
+        if split:
+            make_shards(project / "shards" / "val", num_samples=2, samples_per_shard=2, prefix="val")
+    return project

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from framestream.pipeline import ConfigError, FastSlowSampling, build_loader
+from framestream.pipeline import ConfigError, FastSlowSampling, ShardError, build_loader
 from framestream.pipeline.fresh_python import fresh_python
 from framestream.tools.cli import main
 from framestream.tools.config import parse
@@ -67,11 +67,12 @@ def test_a_tar_cut_in_the_middle(framestream, tmp_path, caplog):
     code, said = framestream("verify", "shards")
     assert code == 1
     assert "is cut" in said
-    loader = build_loader(
-        shards, sampling=FastSlowSampling(2, 2), image_size=32, patches_per_frame=4, batch_size=1, shuffle=False
-    )
+    options = {"sampling": FastSlowSampling(2, 2), "image_size": 32, "patches_per_frame": 4, "batch_size": 1}
+    loader = build_loader(shards, shuffle=False, max_reject_share=1.0, **options)
     assert 1 <= len(list(loader)) < 4
     assert "is cut" in caplog.text
+    with pytest.raises(ShardError, match=r"of 4 samples are lost, more than max_reject_share=0\.05 allows"):
+        build_loader(shards, **options)
 
 
 def config(folder, text):

@@ -27,9 +27,11 @@ from PIL import Image
 from framestream.tools import config as configs
 from framestream.tools.cli import COMMANDS, build_parser
 from framestream.tools.draw_docs import draw_docs
+from framestream.tools.train import train
 
 from synthetic import video_bytes
-from synthetic_shards import make_shards
+from synthetic_shards import make_project
+from train_setup import write_config
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -168,20 +170,21 @@ def test_no_block_of_python_is_left_out() -> None:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the pages assume it: `shards/` with a few clips, and `more/` with some."""
-    folder = tmp_path_factory.mktemp("project")
-    make_shards(folder / "more", num_samples=4, samples_per_shard=2, prefix="more")
-    make_shards(folder / "shards", num_samples=6, samples_per_shard=3, num_frames=32)
-    return folder
+def projects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the folders lie that the pages assume."""
+    return tmp_path_factory.mktemp("projects")
 
 
 SHARED = [(page, block) for page in PAGES if page.name != "tutorial.md" for block in blocks(page)]
 
 
 @pytest.mark.parametrize(("page", "block"), SHARED, ids=[f"{page.name}-{block.name}" for page, block in SHARED])
-def test_code_on_the_pages_runs(page: Path, block: Block, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(project)
+def test_code_on_the_pages_runs(page: Path, block: Block, projects: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_project(projects, block.code)
+    monkeypatch.chdir(folder)
+    if "runs/first" in block.code:  # what the tutorial has trained
+        config = write_config(folder / "first.yaml", folder / "shards", folder / "runs" / "first", steps=1)
+        assert train(configs.load_config(config)) == 0
     assert (block.kind, block.language) == ("run", "py")
     exec(compile(block.code, f"{page.name}: {block.name}", "exec"), {"__name__": "__main__"})
 
@@ -194,6 +197,7 @@ MADE = {  # what must be there after each step
     "first.yaml": ["first.yaml"],
     "try": ["runs/try/evaluation.json", "runs/try/metrics.jsonl"],
     "generate": ["next-3.png", "my_model/model.safetensors"],
+    "open": [],
 }
 
 

@@ -289,9 +289,10 @@ def test_lightning_goes_on_from_every_checkpoint(
 
 @pytest.mark.parametrize("name", ["frameworks.md", "training.md"])
 def test_the_recipe_for_lightning_runs_as_it_stands(tmp_path: Path, name: str) -> None:
-    write_shards(tmp_path / "shards", 6, 3)
     page = (Path(__file__).parents[1] / "docs" / name).read_text()
     (recipe,) = re.findall(r"<!-- lightning -->\n```py\n(.*?)```", page, re.DOTALL)
+    (shards,) = re.findall(r'"(shards/[^"]*)"', recipe)
+    write_shards(tmp_path / shards, 6, 3)
     done = subprocess.run(
         [sys.executable, "-c", recipe],
         cwd=tmp_path,

@@ -12,8 +12,9 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from framestream.pipeline.errors import ConfigError
+from framestream.pipeline.errors import ConfigError, StateError
 from framestream.pipeline.loader import build_loader
 from framestream.pipeline.masks import FrameMask
 from framestream.pipeline.sampling import DenseSampling
@@ -75,14 +76,55 @@ def test_leaving_early_goes_on_with_the_next_epoch(shards: Path) -> None:
     assert left.epoch == 2
 
 
-def test_a_new_loop_ends_the_one_before(shards: Path) -> None:
-    loader = make_loader(shards)
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"decode_on": "trainer"}], ids=str)
+def test_a_new_loop_ends_the_one_before_which_says_so(shards: Path, options: dict[str, Any]) -> None:
+    loader = make_loader(shards, **options)
     first = iter(loader)
     next(first)
     second = iter(loader)
-    assert next(first, None) is None
+    for _ in range(2):
+        with pytest.raises(StateError, match=r"ended by another one .* build a second loader"):
+            next(first)
     assert loader.state_dict()["epoch"] == 1
     assert len(list(second)) == len(loader)
+    loader.close()
+
+
+def test_looking_at_a_batch_within_a_loop_is_no_silent_end_of_the_epoch(shards: Path) -> None:
+    loader = make_loader(shards)
+    seen = []
+
+    def look_within() -> None:
+        for batch in loader:
+            seen.append(batch["keys"])
+            next(iter(loader))
+
+    with pytest.raises(StateError, match="ended by another one"):
+        look_within()
+    assert len(seen) == 1
+    assert len(list(loader)) == len(loader)
+
+
+def test_a_loop_that_was_over_before_the_next_one_stays_over(shards: Path) -> None:
+    loader = make_loader(shards)
+    whole = iter(loader)
+    assert len(list(whole)) == len(loader)
+    closed = iter(loader)
+    next(closed)
+    closed.close()  # type: ignore[attr-defined]
+    next(iter(loader))
+    assert next(whole, None) is None
+    assert next(closed, None) is None
+    stopped = iter(loader)
+    next(stopped)
+    loader.close()
+    assert next(stopped, None) is None
+
+
+def test_a_dataloader_over_the_loader_is_told_to_iterate_over_it(shards: Path) -> None:
+    for options in ({"batch_size": None}, {"batch_size": 2}):
+        with pytest.raises(ConfigError, match=r"goes into no DataLoader.* iterate over the loader"):
+            next(iter(DataLoader(make_loader(shards), **options)))
 
 
 def test_random_moments_change_by_epoch_and_not_by_run(shards: Path) -> None:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 
@@ -217,6 +218,63 @@ def test_a_shard_cut_after_indexing_costs_its_lost_samples_only(tmp_path: Path) 
     assert lost
     assert lost < {clip_key(number) for number in range(4, 8)}
     assert not lost & {key for batch in batches for key in batch["keys"]}
+
+
+@pytest.fixture
+def cut(tmp_path: Path) -> Path:
+    """12 clips in 3 shards, the second of which was cut in the middle after it had been written."""
+    folder = make_shards(tmp_path / "set", num_samples=12, samples_per_shard=4)
+    tar = folder / "clips-000001.tar"
+    os.truncate(tar, tar.stat().st_size // 2)
+    return folder
+
+
+@pytest.mark.parametrize("told_by", ["index.json", "the index beside it"])
+@pytest.mark.parametrize("remote", [False, True])
+def test_samples_that_a_cut_shard_has_lost_are_counted_and_written_down(
+    cut: Path, tmp_path: Path, told_by: str, remote: bool
+) -> None:
+    (cut / ("index.json" if told_by != "index.json" else "clips-000001.idx.json")).unlink()
+    place = str(cut)
+    if remote:
+        place = f"memory://{tmp_path.name}-{told_by[:5]}"
+        for path in cut.iterdir():
+            fsspec.filesystem("memory").pipe_file(f"{place}/{path.name}", path.read_bytes())
+    path = tmp_path / "rejects.jsonl"
+    options: dict[str, Any] = {"cache_dir": tmp_path / "cache", "rejects_path": path, "batch_size": 1}
+    for times in (1, 2):  # the second time from the index that was built and kept
+        loader = make_loader(place, max_reject_share=0.5, **options)
+        lost = loader.stats()["lost_samples"]
+        assert lost == 12 - len(loader) > 0
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert len(lines) == times
+        assert lines[-1]["shard"].endswith("clips-000001.tar")
+        assert f"{lost:.0f} of its 4 samples are lost: clips-000001.tar has" in lines[-1]["reason"]
+    other_rank = make_loader(place, max_reject_share=1.0, rank=1, world_size=2, **options)
+    assert other_rank.stats()["lost_samples"] == lost
+    assert len(path.read_text().splitlines()) == 2
+
+
+def test_more_lost_samples_than_rejects_are_allowed_end_at_opening(cut: Path, tmp_path: Path) -> None:
+    words = r"\d of 12 samples are lost, .*share=0\.05 .*clips-000001\.tar holds \d of the 4 .*framestream verify"
+    mixture = {"cut": {"shards": cut}, "whole": {"shards": make_shards(tmp_path / "whole", num_samples=4)}}
+    with pytest.raises(ShardError, match=words) as caught:
+        make_loader(cut)
+    with pytest.raises(ShardError, match=words.replace("12", "16")):
+        make_loader(mixture)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ShardError, match="max_reject_share=0 "):
+        make_loader(cut, max_reject_share=0)
+    assert make_loader(cut, max_reject_share=1.0).stats()["lost_samples"] > 0
+    assert make_loader(mixture, max_reject_share=0.5).stats()["lost_samples"] > 0
+
+
+def test_a_whole_tar_in_the_place_of_a_larger_one_has_lost_nothing(tmp_path: Path) -> None:
+    folder = make_shards(tmp_path / "set", num_samples=8, samples_per_shard=4)
+    smaller = make_shards(tmp_path / "smaller", num_samples=2, samples_per_shard=4)
+    (folder / "clips-000001.tar").write_bytes((smaller / "clips-000000.tar").read_bytes())
+    loader = make_loader(folder, batch_size=1)
+    assert (len(loader), loader.stats()["lost_samples"]) == (6, 0)
 
 
 def test_a_vanished_shard_is_an_error_and_no_reject(tmp_path: Path) -> None:

@@ -23,8 +23,9 @@ from framestream.model.autoregressive_reconstruction import (
 )
 from framestream.model.checkpoint import MODEL_FILE
 from framestream.model.geometry import Grid, PatchPlaces
+from framestream.model.patch_basis import CosineTower
 from framestream.model.pooling import Pool
-from framestream.model.towers import PixelTower
+from framestream.model.towers import PixelTower, TowerAdapter
 from framestream.pipeline.errors import ConfigError, StateError
 from framestream.pipeline.layout import next_frame_targets
 from framestream.pipeline.masks import FrameMask, make_mask
@@ -514,6 +515,42 @@ def test_what_is_no_saved_module_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be made"):
         small_module().save_pretrained(tmp_path / "file")
+
+
+def test_a_saved_module_is_opened_around_its_own_tower_only(tmp_path: Path) -> None:
+    small_module(CosineTower(SIDE, PATCH)).save_pretrained(tmp_path)
+    AutoregressiveReconstruction.from_pretrained(tmp_path, CosineTower(SIDE, PATCH))
+    with pytest.raises(StateError, match=r"config\.json: the module was trained on another tower than this PixelTower"):
+        AutoregressiveReconstruction.from_pretrained(tmp_path, PixelTower(SIDE, PATCH))  # 48 channels as well
+    config = tmp_path / "config.json"
+    settings = json.loads(config.read_text())
+    del settings["tower"]  # as it was written before
+    config.write_text(json.dumps(settings))
+    AutoregressiveReconstruction.from_pretrained(tmp_path, PixelTower(SIDE, PATCH))
+
+    tower, other = (TowerAdapter(nn.Conv2d(3, 48, PATCH, PATCH)) for _ in range(2))
+    small_module(tower).save_pretrained(tmp_path)
+    with pytest.raises(StateError, match="another tower"):
+        AutoregressiveReconstruction.from_pretrained(tmp_path, other)
+    other.load_state_dict(tower.state_dict())
+    AutoregressiveReconstruction.from_pretrained(tmp_path, other)
+    with pytest.raises(StateError, match="another tower"):
+        AutoregressiveReconstruction.from_pretrained(tmp_path, TowerAdapter(other.tower, mean=[0.5] * 3, std=[0.5] * 3))
+
+
+def test_a_tower_from_another_folder_is_the_same_one(tmp_path: Path) -> None:
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    sizes = {"hidden_size": 48, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    made = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=SIDE, patch_size=PATCH))
+    small_module(made).save_pretrained(tmp_path / "module")
+    for name in ("here", "there"):
+        made.save_pretrained(tmp_path / name)
+        tower = SiglipVisionModel.from_pretrained(tmp_path / name)
+        AutoregressiveReconstruction.from_pretrained(tmp_path / "module", tower)
+    next(tower.parameters()).data += 1
+    with pytest.raises(StateError, match="another tower than this SiglipVisionModel"):
+        AutoregressiveReconstruction.from_pretrained(tmp_path / "module", tower)
 
 
 def test_weights_of_a_save_that_was_killed_are_not_opened_under_the_old_settings(tmp_path: Path) -> None:

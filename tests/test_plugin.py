@@ -172,6 +172,7 @@ def test_random_samplers_work_and_epochs_draw_other_moments(shards: Path) -> Non
         clips.set_epoch(epoch)
         moments.append({k: i.tolist() for b in loader for k, i in zip(b["keys"], b["frame_index"], strict=True)})
     assert moments[0] == moments[2] != moments[1]
+    assert moments[2] == {k: i.tolist() for b in loader for k, i in zip(b["keys"], b["frame_index"], strict=True)}
 
 
 def test_bad_samples_become_marked_spares(tmp_path: Path) -> None:
@@ -187,6 +188,19 @@ def test_bad_samples_become_marked_spares(tmp_path: Path) -> None:
             assert clip["key"] == clip_key(number)
             assert "spare_for" not in clip["meta"]
         assert read_indices(clip["frames"]) == clip["frame_index"].tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1}], ids=str)
+def test_a_bad_sample_is_an_error_where_no_other_clip_may_stand_in(tmp_path: Path, options: dict[str, Any]) -> None:
+    folder = write_shards(tmp_path, 4, 2, bad={1})
+    clips = dataset(folder, on_bad="raise")
+    with pytest.raises(SampleError, match=clip_key(1)):
+        clips[1]
+    assert [clips[number]["key"] for number in (0, 2, 3)] == [clip_key(number) for number in (0, 2, 3)]
+    with pytest.raises(SampleError, match=clip_key(1)):
+        list(DataLoader(clips, batch_size=2, collate_fn=collator(), **options))
+    with pytest.raises(ConfigError, match="on_bad is 'skip'; valid values are spare, raise"):
+        dataset(folder, on_bad="skip")
 
 
 def test_a_dataset_of_bad_samples_says_so_from_a_worker(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from synthetic_shards import make_shards
+from synthetic_shards import make_project
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,16 +20,14 @@ RESUMED = ("plain-pytorch", "plain-ddp")  # they go on where they were, and also
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """A folder as the pages assume it: `shards/` with a few clips, and `more/` with some."""
-    folder = tmp_path_factory.mktemp("project")
-    make_shards(folder / "more", num_samples=4, samples_per_shard=2, prefix="more")
-    make_shards(folder / "shards", num_samples=6, samples_per_shard=3, num_frames=32)
-    return folder
+def projects(tmp_path_factory):
+    """Where the folders lie that the pages assume."""
+    return tmp_path_factory.mktemp("projects")
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids="-".join)
-def test_code_on_the_pages_runs(block, project):
+def test_code_on_the_pages_runs(block, projects):
+    project = make_project(projects, BLOCKS[block])
     for _ in range(2 if block[1] in RESUMED else 1):
         done = subprocess.run(
             [sys.executable, "-c", BLOCKS[block]], cwd=project, capture_output=True, text=True, timeout=240
@@ -43,6 +41,16 @@ def test_every_python_block_is_tested_and_every_link_leads_somewhere(page):
     assert len(re.findall(r"^```python", text, re.MULTILINE)) == len(MARKED.findall(text))
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", ["README.md", "uses.md", "loader.md", "frameworks.md"])
+def test_pages_read_the_folder_that_the_first_page_makes(name):
+    (page,) = [page for page in PAGES if page.name == name]
+    code = "".join(re.findall(r"^```py(?:thon)?\n(.*?)```", page.read_text(), re.DOTALL | re.MULTILINE))
+    assert "--output shards/ " in PAGES[0].read_text()
+    assert "--val-share" in PAGES[0].read_text()
+    assert set(re.findall(r'"shards/([^"]*)"', code)) <= {"train", "train/*.tar"}
+    assert "shards/train" in code
 
 
 def test_commands_on_the_pages_exist():

@@ -28,7 +28,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loader_of(shards: Path, **options: Any) -> Any:
-    return make_loader(shards, random_end=True, max_reject_share=1.0, window_shards=2, **options)
+    return make_loader(shards, **{"random_end": True, "max_reject_share": 1.0, "window_shards": 2, **options})
 
 
 def saved_after(shards: Path, epochs: int, batches: int, **options: Any) -> dict[str, Any]:
@@ -255,6 +255,8 @@ def test_a_state_of_something_else_is_refused_by_part(shards: Path, tmp_path: Pa
         "sampling was .FastSlowSampling.* is .DenseSampling": {"sampling": {"kind": "dense", "num_frames": 3}},
         "order was 'shuffled, windows of 2 shards', is 'stored'": {"shuffle": False},
         "drop_last was True, is False": {"drop_last": False},
+        "random_end was True, is False": {"random_end": False},
+        "order was .* windows of 2 .* is .* windows of 3": {"window_shards": 3},
     }
     for text, options in others.items():
         with pytest.raises(StateError, match=text):
@@ -273,6 +275,21 @@ def test_the_fingerprint_ignores_where_and_with_how_many_it_runs(shards: Path, t
     loader = loader_of(moved, batch_size=1, rank=1, world_size=2, num_workers=1, image_size=32, mask="full")
     loader.load_state_dict(state)
     assert len(list(loader)) == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"image_size": 32, "crop": "random", "normalize": (0.5, 0.5)},
+        {"mask": "sliding_window", "window_size": 2, "position_ids": "sequence"},
+        {"patches_per_frame": 9, "pack_to": 144, "fields": ("json",)},
+    ],
+    ids=str,
+)
+def test_settings_of_the_look_alone_may_differ_from_those_of_the_state(shards: Path, options: dict[str, Any]) -> None:
+    loader, whole = loader_of(shards, **options), loader_of(shards)
+    loader.load_state_dict(saved_after(shards, 0, 2))
+    assert [batch["keys"] for batch in loader] == [batch["keys"] for batch in whole][2:]
 
 
 def test_another_state_is_accepted_when_asked_to(shards: Path) -> None:

@@ -134,6 +134,10 @@ class ModelConfig(ReconstructionConfig):
         names = [f.name for f in dataclasses.fields(ReconstructionConfig)]
         return ReconstructionConfig(**{name: getattr(self, name) for name in names})
 
+    def unset(self, *names: str) -> bool:
+        """Whether all of these still have their defaults."""
+        return all(getattr(self, name) == getattr(ReconstructionConfig, name) for name in names)
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -176,6 +180,28 @@ class TrainConfig:
             return model.mask, model.window_size or data.window_size
         both = model.use_frame_causal_mask and isinstance(make_sampling(self.sampling()), FastSlowSampling)
         return "time_causal" if both else "frame_causal", data.window_size
+
+    def reconstruction(self) -> ReconstructionConfig:
+        """The settings of the module, with what `data` says about sampling and mask where `model` says nothing.
+
+        A module that is used without this loader then samples and masks as it was trained. What the module's settings
+        cannot express, such as strides at a rate of `fps`, stays out.
+        """
+        model, found = self.model, {}
+        if self.data.sampling is not None:
+            sampling = make_sampling(self.sampling())
+            if isinstance(sampling, FastSlowSampling) and sampling.fps is None:
+                found = {name: getattr(sampling, name) for name in ("num_fast", "num_slow", "fast_stride")}
+                found["use_fast_slow_frames"] = True
+                found = {name: value for name, value in found.items() if model.unset(name)}
+                if model.unset("slow_stride", "slow_coverage"):  # which make sense together only
+                    found["slow_coverage"] = sampling.slow_coverage
+                    if sampling.slow_coverage == "stride":
+                        found["slow_stride"] = sampling.slow_stride
+        if self.data.mask is not None and model.unset("mask", "window_size", "use_frame_causal_mask"):
+            rule, window = self.mask()
+            found |= {"mask": rule, "window_size": window if rule == "sliding_window" else None}
+        return dataclasses.replace(model.reconstruction(), **found)
 
     def to_json(self) -> dict[str, Any]:
         """Plain nested values."""

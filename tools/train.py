@@ -6,34 +6,34 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
 
-from framestream.model import checkpoint as ckpt
 from framestream.model.evaluate import ErrorSum, Evaluation
-from framestream.model.ranks import Ranks, distributed, pick_device
-from framestream.model.trainer import CHECKPOINTS, Progress, TrainResult
+from framestream.model.metrics import METRICS_FILE, read_metrics
+from framestream.model.ranks import Ranks, any_rank, distributed, pick_device
+from framestream.model.trainer import Progress, TrainResult
 from framestream.model.trainer import train as train_module
+from framestream.pipeline.atomic import atomic_write
 from framestream.pipeline.errors import ConfigError
-from framestream.pipeline.layout import FrameLayout
 from framestream.pipeline.loader import ClipLoader, build_loader
-from framestream.pipeline.masks import make_mask
-from framestream.pipeline.sampling import FastSlowSampling, make_sampling
 
 from .config import NO_PART_OF_THE_RESULT, TrainConfig, load_config, make_parser
 from .console import console, progress_bar
+from .train_checks import check_config
 
 if TYPE_CHECKING:
     from framestream.model.autoregressive_reconstruction import AutoregressiveReconstruction
 
 STOPPED = 143  # 128 + SIGTERM: the run is whole on disk, and not finished
+LOCK_FILE = ".lock"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -209,7 +209,7 @@ def build_module(
         torch.manual_seed(config.train.seed)
         tower = build_tower(config)
     patches = patches_of(config, tower)
-    module = create_autoregressive_reconstruction_module(tower, config.model.hidden_size, config.model.reconstruction())
+    module = create_autoregressive_reconstruction_module(tower, config.model.hidden_size, config.reconstruction())
     if as_configured and config.model.start_with_differences and not start_with_differences(module.predictor):
         raise ConfigError(
             "model.start_with_differences needs at least 3 heads of at least embedding_dim channels each: "
@@ -230,60 +230,13 @@ def build(config: TrainConfig, *, device: torch.device | None = None, world: int
     if not config.data.shards:
         raise ConfigError("data.shards is not set: give the folder that `framestream shard` wrote.")
     device = device or pick_device(config.train.device)
-    _check(config, device)
+    check_config(config, device)
     module, patches = build_module(config)
     if config.train.feature_cache is not None:
         space = int(config.train.feature_cache_gb * 1e9)
         module.feature_cache = FeatureCache(config.train.feature_cache, space, world)
     loader, eval_loader = build_loaders(config, patches, device)
     return Run(module, loader, eval_loader, patches)
-
-
-def _check(config: TrainConfig, device: torch.device) -> None:
-    """What sections of the config, each possible in itself, say against each other, the device or the disk."""
-    from framestream.model.mask_choice import own_mask
-
-    output = Path(config.output)
-    if taken := next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None):
-        raise ConfigError(f"output {output} cannot be made, {taken} is no folder: give one.")
-    if config.model.attention_backend == "flex" and device.type == "cpu":
-        raise ConfigError(
-            "model.attention_backend flex cannot train on the CPU, where it has no backward pass: use auto or ranges."
-        )
-    if config.train.feature_cache is not None and (config.data.augment or config.data.crop == "random"):
-        raise ConfigError(
-            "train.feature_cache keeps frames that come back as they were, and data.augment and data.crop random make "
-            "each of them anew: set data.augment to false and data.crop to center, or leave the cache out."
-        )
-    if config.data.pack_to is not None and config.model.rollout_steps:
-        raise ConfigError(
-            "model.rollout_steps continues one clip, and data.pack_to puts several into a sequence: set one of them to "
-            "null or 0."
-        )
-    sampling = make_sampling(config.sampling())
-    fast = sampling.num_fast if isinstance(sampling, FastSlowSampling) else sampling.num_frames
-    sections = {"model": config.model.rollout_steps, "train": config.train.rollout_steps if config.data.held_out else 0}
-    for section, steps in sections.items():
-        if steps >= fast:
-            raise ConfigError(
-                f"{section}.rollout_steps is {steps}, and the sampling takes {fast} fast frames, one of which the "
-                f"rollout starts from: set it to at most {fast - 1}."
-            )
-    if config.model.mask is None and config.model.use_frame_causal_mask:
-        return  # the module takes whatever mask the data brings
-    rule, window = config.mask()
-    options = {"window_size": window} if rule == "sliding_window" else {}
-    for length in (sampling.num_frames, 1000):
-        facts: dict[str, Any] = {"timestamps": np.arange(length) / 30}
-        if isinstance(sampling, FastSlowSampling):
-            facts["key_frames"] = range(length)
-        layout = FrameLayout.from_plan(sampling.plan(length, **facts), 1)
-        if own_mask(config.model.reconstruction(), layout).patterns != make_mask(rule, layout, **options).patterns:
-            said = f"mask {config.model.mask}" if config.model.mask else "use_frame_causal_mask false"
-            raise ConfigError(
-                f"data.mask {rule} and model.{said} are different masks: leave data.mask unset (null), which then "
-                "follows the model."
-            )
 
 
 def run_config(config: TrainConfig, *, quiet: bool = False, label: str = "Training") -> tuple[Run, TrainResult]:
@@ -295,23 +248,28 @@ def run_config(config: TrainConfig, *, quiet: bool = False, label: str = "Traini
 
 
 def _run_on(config: TrainConfig, ranks: Ranks, quiet: bool, label: str) -> tuple[Run, TrainResult]:
-    output = Path(config.output)
-    run = build(config, device=pick_device(config.train.device, ranks.local), world=ranks.world)
-    if ranks.rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        if not ckpt.list_checkpoints(output / CHECKPOINTS):
-            (output / "config.yaml").write_text(yaml.safe_dump(config.to_json(), sort_keys=False), encoding="utf-8")
-    with progress_bar(label, config.train.steps, quiet=quiet) as advance:
+    output, device = Path(config.output), pick_device(config.train.device, ranks.local)
+    run = build(config, device=device, world=ranks.world)
 
-        def show(progress: Progress) -> None:
-            note = (
-                f"loss {progress.loss:.4g} · {progress.samples_per_s:.1f} clips/s · {progress.wait_share:.0%} waiting"
+    def begin(forgotten: bool) -> None:
+        """Write down what is used from here on, which may be other than where the run began."""
+        text = yaml.safe_dump(config.to_json(), sort_keys=False)
+        atomic_write(output / "config.yaml", text.encode())
+        if forgotten and not quiet:
+            console.print(
+                "The held-out clips are not those of the steps before: which checkpoint was the best is forgotten."
             )
-            if progress.evaluation is not None:
-                note += f" · held-out error {progress.evaluation.teacher_forced.ratio:.3f}"
-            advance(progress.step, note)
 
-        try:
+    try:
+        with _alone(output, ranks, device), progress_bar(label, config.train.steps, quiet=quiet) as advance:
+
+            def show(progress: Progress) -> None:
+                rate, waiting = f"{progress.samples_per_s:.1f} clips/s", f"{progress.wait_share:.0%} waiting"
+                note = f"loss {progress.loss:.4g} · {rate} · {waiting}"
+                if progress.evaluation is not None:
+                    note += f" · held-out error {progress.evaluation.teacher_forced.ratio:.3f}"
+                advance(progress.step, note)
+
             result = train_module(
                 run.module,
                 run.loader,
@@ -322,20 +280,48 @@ def _run_on(config: TrainConfig, ranks: Ranks, quiet: bool, label: str) -> tuple
                 eval_loader=run.eval_loader,
                 ranks=ranks,
                 on_progress=show,
+                on_start=begin,
             )
-        except BaseException:
-            run.close()
-            raise
-    if ranks.rank == 0 and result.evaluation is not None and result.finished:
-        text = json.dumps(result.evaluation.to_json(), indent=1)
-        (output / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+            if result.finished and result.evaluation is None:
+                result.evaluation = _measured_before(output, result.step)
+            if ranks.rank == 0 and result.evaluation is not None and result.finished:
+                text = json.dumps(result.evaluation.to_json(), indent=1)
+                (output / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+    except BaseException:
+        run.close()
+        raise
     return run, result
+
+
+@contextmanager
+def _alone(output: Path, ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """Hold the run folder; the first rank does it for all, and all hear of it where it cannot.
+
+    Raises:
+        ConfigError: another run has it.
+    """
+    from filelock import FileLock, Timeout
+
+    held, taken = FileLock(str(output / LOCK_FILE), timeout=0), False
+    if ranks.rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        try:
+            held.acquire()
+        except Timeout:
+            taken = True
+    try:
+        if any_rank(taken, device, ranks):
+            raise ConfigError(f"Another run is writing to {output}: wait for it, or name another output folder.")
+        yield
+    finally:
+        held.release()
 
 
 def describe(evaluation: Evaluation) -> str:
     """The evaluation in one line."""
     steps = ", ".join(map(_said, evaluation.rollout))
-    text = f"error / copy-last error on {evaluation.clips} held-out clips: {_said(evaluation.teacher_forced)}"
+    lost = f", {evaluation.unreadable} could not be read" if evaluation.unreadable else ""
+    text = f"error / copy-last error on {evaluation.clips} held-out clips{lost}: {_said(evaluation.teacher_forced)}"
     if steps:
         text += f", generating {len(evaluation.rollout)} frames: {steps}"
     if evaluation.leaking_targets:
@@ -345,6 +331,12 @@ def describe(evaluation: Evaluation) -> str:
 
 def _said(errors: ErrorSum) -> str:
     return "not measured" if math.isnan(errors.ratio) else f"{errors.ratio:.3f}"
+
+
+def _measured_before(output: Path, step: int) -> Evaluation | None:
+    """The evaluation after a run's last step, as its metrics hold it."""
+    found = [row["eval"] for row in read_metrics(output / METRICS_FILE) if row["step"] == step and "eval" in row]
+    return Evaluation.from_json(found[-1]) if found else None
 
 
 def train(config: TrainConfig) -> int:
@@ -357,6 +349,10 @@ def train(config: TrainConfig) -> int:
     run.close()
     if int(os.environ.get("RANK", 0)):  # under torchrun one process speaks for all
         return 0 if result.finished else STOPPED
+    output = Path(config.output)
+    if lost := {(row.get("shard"), row.get("key")) for row in read_metrics(output / REJECTS_FILE)}:
+        clips = "1 clip" if len(lost) == 1 else f"{len(lost)} clips"
+        console.print(f"{clips} could not be used; which and why is in {output / REJECTS_FILE}.")
     if result.resumed_from:
         console.print(f"Resumed from step {result.resumed_from}.")
     if not result.finished:
