@@ -31,8 +31,8 @@ class DecodeError(SampleError):
 
 
 class StateError(FramestreamError):
-    """A saved state does not belong to this data, these settings or this version; or a loop is no longer the one that its
-    loader runs."""
+    """A saved state does not belong to this data, these settings or this version; or a loop over a loader was ended by
+    another one."""
 
 
 class RejectLimitError(FramestreamError):
