@@ -22,7 +22,7 @@ from framestream.tools import shard_job as shard_job_module
 from framestream.tools.shard_job import Part
 from framestream.tools.shard_options import Cutting, ShardOptions
 from framestream.tools.shard_run import build_shards, run, shard_job
-from framestream.tools.verify import verify_folder
+from framestream.tools.verify import summary, verify_folder
 
 from shard_setup import make_folder, tree
 from synthetic import make_video
@@ -318,6 +318,21 @@ def test_foreign_tars_in_the_output_are_left_alone(videos: Path, tmp_path: Path)
         with pytest.raises(ConfigError, match="from elsewhere"):
             build_shards([str(videos)], tmp_path, workers=1, overwrite=overwrite)
     assert (tmp_path / "clips-000000.tar").read_bytes() == b"precious"
+
+
+def test_a_damaged_shard_is_made_again_as_verify_says(videos: Path, tmp_path: Path) -> None:
+    build_shards([str(videos)], tmp_path, COPIES, workers=1)
+    before = tree(tmp_path)
+    tar = tmp_path / "clips-000001.tar"
+    data = bytearray(tar.read_bytes())
+    data[len(data) // 2] ^= 1
+    tar.write_bytes(data)
+    said = summary(verify_folder(tmp_path, workers=1), "sample", False)
+    assert any("remove such a tar and its .idx.json" in line for line in said)
+    tar.unlink()
+    tar.with_name("clips-000001.idx.json").unlink()
+    build_shards([str(videos)], tmp_path, COPIES, workers=1)
+    assert tree(tmp_path) == before
 
 
 def test_overwrite_removes_what_the_plan_names_and_nothing_else(videos: Path, tmp_path: Path) -> None:

@@ -93,6 +93,11 @@ def summary(report: VerifyReport, decode: str, repaired: bool) -> list[str]:
         lines.append(f"{report.num_repaired} index files were written anew")
     lines += [f"note: {notice}" for notice in report.notices]
     lines += report.problems
+    if any(check.changed for _, check in report.checks):
+        lines.append(
+            "shards whose bytes have changed have to be copied again; or remove such a tar and its .idx.json, and the "
+            "same `framestream shard` command makes it anew"
+        )
     return [*lines, f"{len(report.problems)} problems" if report.problems else "everything agrees"]
 
 
