@@ -22,6 +22,7 @@ from framestream.tools.making import ClipTask, make_clip
 from framestream.tools.probing import ProbeTask, probe_source
 from framestream.tools.shard import summary
 from framestream.tools.shard_options import Cutting, Encoding, Filters, ShardOptions
+from framestream.tools.shard_report import ShardReport
 from framestream.tools.shard_run import build_shards
 from framestream.tools.verify import verify_folder
 
@@ -37,6 +38,17 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("videos") / "in")
+
+
+def of_rows(videos: Path, rows: list[Any], out: Path) -> ShardReport:
+    """What becomes of a manifest beside the videos."""
+    manifest = write_jsonl(videos / "m.jsonl", rows)
+    try:
+        report = build_shards([str(manifest)], out, workers=1)
+    finally:
+        manifest.unlink()
+    adds_up(report)
+    return report
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------
@@ -234,12 +246,7 @@ def test_rows_that_differ_in_a_column_of_their_own_are_all_samples(videos: Path,
     """As questions about one video; the split alone makes no other sample of it."""
     rows: list[Any] = [{"path": "a.mp4", "question": f"{k}?", "answer": k} for k in range(3)]
     rows += [rows[0], {**rows[1], "split": "val"}]
-    manifest = write_jsonl(videos / "m.jsonl", rows)
-    try:
-        report = build_shards([str(manifest)], tmp_path / "out", workers=1)
-    finally:
-        manifest.unlink()
-    adds_up(report)
+    report = of_rows(videos, rows, tmp_path / "out")
     assert (report.inputs["sampled"], report.inputs["duplicate"]) == (3, 2)
     assert [s.meta["user"]["answer"] for s in samples(tmp_path / "out")] == [0, 1, 2]
 
@@ -252,12 +259,7 @@ def test_rows_that_metadata_cannot_hold_cost_themselves_only(videos: Path, tmp_p
     ]
     rows += [{"path": f"{lone}.mp4"}, {"path": f"{lone}.doc"}, {"path": "a.mp4", "x": deep}]
     rows += [{"path": "a.mp4", "start": 10**400}, {"path": "a.mp4", "x": float("nan")}]
-    manifest = write_jsonl(videos / "m.jsonl", rows)
-    try:
-        report = build_shards([str(manifest)], tmp_path / "out", workers=1)
-    finally:
-        manifest.unlink()
-    adds_up(report)
+    report = of_rows(videos, rows, tmp_path / "out")
     assert (report.inputs["sampled"], report.inputs["rejected"]) == (1, 10)
     reasons = " | ".join(reject["reason"] for reject in report.rejects)
     for words in ("no Unicode: '\\ud800'", "nested deeper", "not a number of seconds", "cannot hold: nan"):
