@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, count, groupby, islice
 from pathlib import Path
@@ -132,7 +132,8 @@ def _copied(
     """Write a unit of files that are copied whole."""
     results = ((task, _copy_of(task, stopped)) for task in unit.tasks)
     yield from _written(unit, results, output, scratch, reject_unfetched)
-    scratch.rmdir()
+    with suppress(OSError):  # what is in it goes with the folder around it
+        scratch.rmdir()
 
 
 def _copy_of(task: ClipTask, stopped: threading.Event) -> MadeClip | Failure:
