@@ -121,15 +121,15 @@ class _Bench:
     def cases(self) -> dict[str, dict[str, Callable[[], float]]]:
         cut = Cutting(clip_seconds=float(_PART_S))
         return {
-            f"encoding, {self.workers} at a time, {FFMPEG}": {
+            f"encoding, {self.workers} at a time, against {FFMPEG}": {
                 OURS: lambda: self._ours(self.encoded, ShardOptions(transcode="always", encoding=ENCODING)),
                 PLAIN: lambda: self._ffmpeg(self.encoded, self._encode),
             },
             **{
-                f"{what}, {self.workers} at a time, {TAR}": {OURS: ours, PLAIN: plain}
+                f"{what}, {self.workers} at a time, against {TAR}": {OURS: ours, PLAIN: plain}
                 for what, (ours, plain) in self._copies().items()
             },
-            f"parts of {_PART_S} s, {self.workers} at a time, {FFMPEG}": {
+            f"parts of {_PART_S} s, {self.workers} at a time, against {FFMPEG}": {
                 OURS: lambda: self._ours(self.many, ShardOptions(transcode="never", cutting=cut)),
                 PLAIN: lambda: self._ffmpeg(self.many, self._cut),
             },
