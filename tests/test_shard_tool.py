@@ -15,6 +15,7 @@ import pytest
 
 from framestream.pipeline.errors import ConfigError, SampleError
 from framestream.pipeline.remote import Remote
+from framestream.tools import engines
 from framestream.tools.cli import main
 from framestream.tools.clips import Clip
 from framestream.tools.inputs import Source
@@ -366,7 +367,8 @@ def test_impossible_options_are_refused(make: Any) -> None:
 
 
 @pytest.mark.slow
-def test_an_encode_that_takes_too_long_costs_its_clip(tmp_path: Path) -> None:
+def test_an_encode_that_takes_too_long_costs_its_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "ENCODED_S", 0.001)  # more for each second of a clip
     make_video(tmp_path / "a.mp4", num_frames=24, size=(64, 48))
     make_video(tmp_path / "b.mp4", num_frames=600, size=(480, 360), b_frames=0)
     options = ShardOptions(transcode="always")
@@ -374,4 +376,4 @@ def test_an_encode_that_takes_too_long_costs_its_clip(tmp_path: Path) -> None:
     report = build_shards(inputs, tmp_path / "out", options, workers=1, timeout_s=0.6)
     adds_up(report)
     assert [s.meta["source"] for s in samples(tmp_path / "out")] == ["a.mp4"]
-    assert "longer than 0.6 s" in report.rejects[0]["reason"]
+    assert "took longer than 0.625 s and was stopped; --timeout-seconds gives it more" in report.rejects[0]["reason"]
