@@ -257,7 +257,7 @@ def check_ranks(ranks: list[dict[str, Any]], shards: Path) -> None:
 @pytest.mark.slow
 def test_trainer_and_accelerate_on_two_ranks(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    shards = write_shards(tmp_path / "shards", SAMPLES, 5, bad={3})
+    shards = write_shards(tmp_path / "shards" / "train", SAMPLES, 5, bad={3})
     ranks = torchrun.run("trainer_job.py", 2, tmp_path)
     check_ranks(ranks, shards)
     for rank in ranks:

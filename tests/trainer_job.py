@@ -150,9 +150,11 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     run_recipes(folder)
-    runs = trained(folder / "shards", folder)
-    result = {"runs": runs, "accelerate": accelerated(folder / "shards", folder)}
-    evaluating = trainer_of(folder, loader_of(folder / "shards"), eval_dataset=loader_of(folder / "shards"))
+    runs = trained(folder / "shards" / "train", folder)
+    result = {"runs": runs, "accelerate": accelerated(folder / "shards" / "train", folder)}
+    evaluating = trainer_of(
+        folder, loader_of(folder / "shards" / "train"), eval_dataset=loader_of(folder / "shards" / "train")
+    )
     try:
         evaluating.evaluate()
     except ConfigError as err:  # 17 samples, so that the ranks would not have equally many
