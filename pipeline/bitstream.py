@@ -27,14 +27,10 @@ def begins_afresh(codec: str, extradata: bytes, packet: bytes | memoryview) -> b
     """
     if codec != "h264":
         return True
-    if len(extradata) < 5 or extradata[0] != 1:
-        return False
-    width, at = (extradata[4] & 3) + 1, 0
-    while at + width < len(packet):
-        kind = packet[at + width] & 31
+    for start, _ in _units(packet, h264_length_width(extradata)):
+        kind = packet[start] & 31
         if 1 <= kind <= 5:
             return kind == 5
-        at += width + int.from_bytes(packet[at : at + width], "big")
     return False
 
 
@@ -43,15 +39,11 @@ def up_to_slice(extradata: bytes, packet: bytes, length: int) -> bytes | None:
 
     None where it holds no slice behind length-prefixed NAL units (mp4, mkv).
     """
-    if len(extradata) < 5 or extradata[0] != 1:
-        return None
-    width, at = (extradata[4] & 3) + 1, 0
-    while at + width < len(packet):
-        size = int.from_bytes(packet[at : at + width], "big")
-        if packet[at + width] & 31 in H264_SLICES:
-            part = packet[at + width : at + width + min(size, length)]
-            return packet[:at] + len(part).to_bytes(width, "big") + part if part else None
-        at += width + size
+    width = h264_length_width(extradata)
+    for start, size in _units(packet, width):
+        if packet[start] & 31 in H264_SLICES:
+            part = packet[start : start + min(size, length)]
+            return packet[: start - width] + len(part).to_bytes(width, "big") + part if part else None
     return None
 
 
@@ -64,13 +56,26 @@ def is_key(codec: str, extradata: bytes, packet: bytes | memoryview) -> bool:
         at = bytes(packet).find(b"\x00\x00\x01\xb6")
         return at < 0 or at + 4 >= len(packet) or packet[at + 4] >> 6 == 0
     if codec == "hevc" and len(extradata) >= 23 and extradata[0] == 1:
-        width, at = (extradata[21] & 3) + 1, 0
-        while at + width < len(packet):
-            kind = packet[at + width] >> 1 & 63
+        for start, _ in _units(packet, (extradata[21] & 3) + 1):
+            kind = packet[start] >> 1 & 63
             if kind < 32:
                 return 16 <= kind <= 23
-            at += width + int.from_bytes(packet[at : at + width], "big")
     return True
+
+
+def h264_length_width(extradata: bytes) -> int:
+    """Bytes of the length before each NAL unit, as an `avcC` says it (ISO/IEC 14496-15, 5.3.3.1); 0 where units begin
+    with start codes."""
+    return (extradata[4] & 3) + 1 if len(extradata) > 4 and extradata[0] == 1 else 0
+
+
+def _units(packet: bytes | memoryview, width: int) -> Iterator[tuple[int, int]]:
+    """Where each NAL unit of a packet begins, and the length that stands before it; none without lengths."""
+    at = 0
+    while width and at + width < len(packet):
+        size = int.from_bytes(packet[at : at + width], "big")
+        yield at + width, size
+        at += width + size
 
 
 def leaves_out_safely(codec: str, extradata: bytes) -> bool:

@@ -108,8 +108,7 @@ class FrameReader:
                 return
             except DecodeError:
                 deadline.check()
-                if self._pass is not None:  # the damage may lie behind what the run needs
-                    self._pass.end()
+                if self._pass is not None:  # which has ended; the damage may lie behind what the run needs
                     self._pass, onward, following = None, False, start
                 if following is None:
                     raise

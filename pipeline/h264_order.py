@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .bitstream import H264_SLICES
+from .bitstream import H264_SLICES, h264_length_width
 
 _IDR, _SPS, _PPS = 5, 7, 8
 _HEAD = 64  # bytes of a slice that hold what is looked at, emulation prevention included
@@ -71,7 +71,7 @@ class PictureOrder:
         self._counts: list[tuple[int, int]] = []  # (IDR pictures so far, picture order count)
         self._readable = True
         self._period, self._high, self._low = 0, 0, 0  # the last two of the last picture that others refer to
-        self._width = (extradata[4] & 3) + 1 if len(extradata) > 4 and extradata[0] == 1 else 0
+        self._width = h264_length_width(extradata)
         try:
             for unit in _units_of_avcc(extradata) if self._width else _units(extradata, 0):
                 self._keep(unit)

@@ -50,6 +50,16 @@ def set_up(context: Any, *, heads: bool = False) -> Any:
     return context
 
 
+def packet_of(body: bytes | memoryview, frame: int) -> Any:
+    """A PyAV packet of these bytes; `frame` is the index of the frame that it shows, below 0 for none."""
+    import av
+
+    packet: Any = av.Packet(len(body))  # not of `body`: FFmpeg reads past the end, where only its own has padding
+    packet.update(body)
+    packet.pts = frame if frame >= 0 else None
+    return packet
+
+
 _BASELINE = 66  # H.264's profile without B-frames (ITU-T H.264, A.2.1)
 
 
@@ -115,8 +125,6 @@ class IndexedPackets:
         self._context = context
 
     def packet(self, position: int) -> Any:
-        import av
-
         start = self._offset[position]
         try:
             body = self._data.cut(start, self._size[position])
@@ -127,11 +135,7 @@ class IndexedPackets:
                 f"{self._name or 'the video'}: packet {position} ({len(body)} bytes at {start}) is not what it was "
                 "when the shard was written: the video was damaged or replaced since. Write the shard again."
             )
-        packet: Any = av.Packet(len(body))  # not of `body`: FFmpeg reads past the end, where only its own has padding
-        packet.update(body)
-        rank = self._rank[position]
-        packet.pts = rank if rank >= 0 else None
-        return packet
+        return packet_of(body, self._rank[position])
 
     @property
     def extradata(self) -> bytes:

@@ -11,6 +11,7 @@ from typing import Any
 
 from .bitstream import up_to_slice
 from .errors import DecodeError
+from .packet_source import packet_of
 from .packet_table import PacketTable, check_size, label, reason_of
 
 _SLICE_HEAD = 256  # bytes; a slice header takes 20 or so
@@ -34,12 +35,9 @@ def head_frame(table: PacketTable) -> Any | None:
     head = up_to_slice(table.source.extradata, bytes(table.source.packet(first)), _SLICE_HEAD)
     if head is None:
         return None
-    packet: Any = av.Packet(len(head))  # not of `head`: FFmpeg reads past the end, where only its own has padding
-    packet.update(head)
-    packet.pts = 0
     context = table.source.codec(heads=True)
     try:
-        frames = [*context.decode(packet), *context.decode(None)]
+        frames = [*context.decode(packet_of(head, 0)), *context.decode(None)]
     except (av.error.FFmpegError, ValueError) as err:
         raise DecodeError(f"{label(table.name)}: the head of its first frame is damaged ({reason_of(err)}).") from err
     if not frames:

@@ -148,7 +148,7 @@ class _Bench:
         options = ShardOptions(-(-len(files) // _COPIED_SHARDS), transcode="never", decode=decode)
         return self._ours(files, options, planned=planned)
 
-    def _timed(self, work: Callable[[], None], before: Callable[[], None] | None = None) -> float:
+    def _timed(self, work: Callable[[], None], before: Callable[[], object] | None = None) -> float:
         """From an empty folder on, or one in which `before` has been at work; neither is timed."""
         shutil.rmtree(self.target, ignore_errors=True)
         self.target.mkdir(parents=True)
@@ -163,19 +163,17 @@ class _Bench:
         """With `planned` from the plan on, which is there already."""
         parts = self.seconds // _PART_S if options.cutting.clip_seconds else 1
 
-        def work() -> None:
+        def made(plan_only: bool = False) -> object:
             job = shard_job(self.target, options, workers=self.workers)
             with job.alone():
-                report = run(job, [str(clip) for clip in clips])
+                return run(job, [str(clip) for clip in clips], plan_only=plan_only)
+
+        def work() -> None:
+            report = made()
             if not isinstance(report, ShardReport) or report.clips["written"] != parts * len(clips):
                 raise ConfigError(f"Not every clip became a sample: {report}.")
 
-        def plan() -> None:
-            job = shard_job(self.target, options, workers=self.workers)
-            with job.alone():
-                run(job, [str(clip) for clip in clips], plan_only=True)
-
-        return self._timed(work, plan if planned else None)
+        return self._timed(work, partial(made, plan_only=True) if planned else None)
 
     def _tar(self, clips: Sequence[Path]) -> float:
         def work() -> None:

@@ -10,7 +10,7 @@ import math
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -21,7 +21,7 @@ from framestream.pipeline.remote import Remote
 
 from .cores import usable_cores
 from .engines import NumberedProbe, probe_numbered
-from .inputs import list_inputs, nothing_found
+from .inputs import by_extension, list_inputs, nothing_found
 from .inspect_text import size
 from .making import ClipTask, encoder_version, make_clip
 from .plan_place import PLAN_FILE
@@ -77,7 +77,7 @@ class Forecast:
         twice = f", {self.named_twice} named twice" if self.named_twice else ""
         lines = [f"{self.inputs} inputs: {self.unusable} cannot be used{twice}"]
         if self.other_files:
-            lines.append(passed_over(self.other_files))
+            lines.append(f"passed over: {by_extension(self.other_files)}")
         lines += [
             f"estimated from {self.sampled_sources} sources and {self.sampled_clips} clips of them:",
             f"  {self.rejected} inputs rejected, {sum(self.filtered.values())} filtered"
@@ -223,11 +223,6 @@ def _make(
                 seen.num_bytes += result[1]
             progress("making", seen.count, len(tasks), seen.lost)
     return seen
-
-
-def passed_over(other_files: Mapping[str, int]) -> str:
-    """What was in the folders and is no video, in words."""
-    return "passed over: " + ", ".join(f"{n} {ext or 'without extension'}" for ext, n in sorted(other_files.items()))
 
 
 def naming_once(reason: str, name: str) -> str:

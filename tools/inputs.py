@@ -96,9 +96,14 @@ def list_inputs(
         yield from lister.remote_input(text) if is_url(text) else lister.local_input(text)
 
 
+def by_extension(other_files: Mapping[str, int]) -> str:
+    """Files that are no videos, in words."""
+    return ", ".join(f"{n} {ext or 'without extension'}" for ext, n in sorted(other_files.items()))
+
+
 def nothing_found(inputs: Sequence[str], other_files: Mapping[str, int]) -> str:
     """The sentence for inputs without a single video."""
-    others = ", ".join(f"{n} {ext or 'without extension'}" for ext, n in sorted(other_files.items()))
+    others = by_extension(other_files)
     return (
         f"there is no video in {', '.join(shown_url(os.fspath(each)) for each in inputs)}"
         + (f" (only other files: {others})" if others else "")

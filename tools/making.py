@@ -84,11 +84,11 @@ def known_clip(task: ClipTask) -> MadeClip:
         SampleError: what its input brings along cannot be written down.
     """
     source = task.clip.source
-    return _whole(WholeFile(task.clip, task.info, suffix(source.path)[1:], source.size, source.sha256))
+    return _whole(task.clip, task.info, WholeFile(source, source.size, source.sha256))
 
 
-def _whole(file: WholeFile) -> MadeClip:
-    return MadeClip(_members(file.clip, file.info, file.ext, file, file.sha256), file.info.duration)
+def _whole(clip: Clip, info: VideoInfo, file: WholeFile) -> MadeClip:
+    return MadeClip(_members(clip, info, suffix(file.source.path)[1:], file, file.sha256), info.duration)
 
 
 def make_clip(task: ClipTask) -> MadeClip:
@@ -111,7 +111,7 @@ def make_clip(task: ClipTask) -> MadeClip:
             data = file.data
             if not is_url(clip.source.path):
                 info = probe_video(data, name=name, packets=True, known=known, timeout_s=PROBE_TIMEOUT_S)
-                return _whole(WholeFile(clip, info, ext, len(data), hashlib.sha256(data).hexdigest()))
+                return _whole(clip, info, WholeFile(clip.source, len(data), hashlib.sha256(data).hexdigest()))
     else:
         with opened_video(clip.source, task.info, task.remote) as video:
             if task.encode:

@@ -40,6 +40,9 @@ class Output(Protocol):
     def identity(self) -> str:
         """Tells places apart that have the same name on different servers."""
 
+    def begin(self) -> None:
+        """Make the output itself. Raises ConfigError where nothing can be written to it."""
+
     def prepare(self, folder: str) -> None:
         """Make `folder` ("" for the output itself)."""
 
@@ -111,6 +114,9 @@ class LocalOutput:
     def identity(self) -> str:
         return str(self.folder)
 
+    def begin(self) -> None:
+        self.prepare("")
+
     def prepare(self, folder: str) -> None:
         try:
             (self.folder / folder).mkdir(parents=True, exist_ok=True)
@@ -173,11 +179,10 @@ class RemoteOutput:
         fs, path = self.remote.filesystem(self._url(folder))
         if self._protocol not in _WHOLE_OBJECTS:
             self.remote.call(self.url, lambda: fs.makedirs(path, exist_ok=True))
-        if not folder:
-            self._try_out()
 
-    def _try_out(self) -> None:
-        """Write a file and remove it: that a bucket does not exist is to be known before a night's work."""
+    def begin(self) -> None:
+        self.prepare("")
+        # That a bucket does not exist is to be known before a night's work.
         name = f".{os.urandom(8).hex()}{TEMP_SUFFIX}"
         try:
             self.write(name, b"")

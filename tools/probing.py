@@ -112,11 +112,11 @@ def probe_source(task: ProbeTask) -> Probed:
                 raise
             info, content = _look(file.data, task, heads=False)  # what is wrong with it may be its head alone
         data, plain = memoryview(file.data), replace(info, packets=None)
-        if task.decode == "all":
-            _decode_all(data, plain, source.source)
         scenes: tuple[int, ...] = ()
-        if task.scene_threshold is not None:
+        if task.scene_threshold is not None:  # which decodes all
             scenes = scene_cuts(data, plain, task.scene_threshold, name=source.source)
+        elif task.decode == "all":
+            _decode_all(data, plain, source.source)
         sha256 = hashlib.sha256(file.data).hexdigest() if task.whole else ""
         return Probed(info, file.size, content, text, scenes, sha256)
 

@@ -11,8 +11,8 @@ from framestream.pipeline.errors import ConfigError, FramestreamError
 from framestream.pipeline.remote import Remote
 
 from .dry_run import dry_run as forecast
-from .dry_run import passed_over
 from .engines import EngineName
+from .inputs import by_extension
 from .progress import Output, reporting
 from .progress_pace import in_words
 from .set_files import REJECTS_FILE
@@ -227,7 +227,7 @@ def summary(report: ShardReport, output: str) -> list[str]:
             f"{facts['bytes'] / 1e6:.1f} MB"
         )
     if report.other_files:
-        lines.append(passed_over(report.other_files))
+        lines.append(f"passed over: {by_extension(report.other_files)}")
     if report.rejects:
         first = report.rejects[0]
         lines.append(f"rejects are listed in {output.rstrip('/')}/{REJECTS_FILE}; the first is {first['source']}:")

@@ -102,7 +102,7 @@ class ShardJob:
         """
         from filelock import FileLock, Timeout
 
-        self.output.prepare("")
+        self.output.begin()
         self.place.prepare()
         own = None if part is None else f"{LOCK_FILE}-{part.number}-of-{part.of}"
         division = None if part is None else f"-of-{part.of}"

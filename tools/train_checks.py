@@ -10,7 +10,7 @@ import torch
 
 from framestream.pipeline.errors import ConfigError
 from framestream.pipeline.layout import FrameLayout, next_frame_targets
-from framestream.pipeline.masks import leaking_targets, make_mask
+from framestream.pipeline.masks import FrameMask, leaking_targets, make_mask
 from framestream.pipeline.sampling import FAST, FastSlowSampling, Sampling, make_sampling
 
 from .config import TrainConfig
@@ -53,15 +53,16 @@ def check_config(config: TrainConfig, device: torch.device) -> None:
     rule, window = config.mask()
     options = {"window_size": window} if rule == "sliding_window" else {}
     layouts = [_layout(sampling, length) for length in (sampling.num_frames, _full_length(sampling))]
+    masks = [make_mask(rule, layout, **options) for layout in layouts]
     if config.model.mask is not None or not config.model.use_frame_causal_mask:  # else it takes what the data brings
-        for layout in layouts:
-            if own_mask(config.model.reconstruction(), layout).patterns != make_mask(rule, layout, **options).patterns:
+        for layout, mask in zip(layouts, masks, strict=True):
+            if own_mask(config.model.reconstruction(), layout).patterns != mask.patterns:
                 said = f"mask {config.model.mask}" if config.model.mask else "use_frame_causal_mask false"
                 raise ConfigError(
                     f"data.mask {rule} and model.{said} are different masks: leave data.mask unset (null), which then "
                     "follows the model."
                 )
-    _check_targets(config, layouts[-1])
+    _check_targets(config, layouts[-1], masks[-1])
 
 
 def _full_length(sampling: Sampling) -> int:
@@ -80,7 +81,7 @@ def _layout(sampling: Sampling, length: int) -> FrameLayout:
     return FrameLayout.from_plan(sampling.plan(length, **facts), 1)
 
 
-def _check_targets(config: TrainConfig, layout: FrameLayout) -> None:
+def _check_targets(config: TrainConfig, layout: FrameLayout, mask: FrameMask) -> None:
     """That there is something to learn from: a run without would go on to its end at a loss of 0."""
     from framestream.model.mask_choice import limited
 
@@ -94,11 +95,9 @@ def _check_targets(config: TrainConfig, layout: FrameLayout) -> None:
             "The sampling takes no frame that has to be predicted, and nothing could be learned: take at least 2 fast "
             "frames, with data.sampling or model.num_fast."
         )
-    rule, window = config.mask()
-    options = {"window_size": window} if rule == "sliding_window" else {}
-    leaks = leaking_targets(layout, limited(model, make_mask(rule, layout, **options), layout), model.num_layers)
+    leaks = leaking_targets(layout, limited(model, mask, layout), model.num_layers)
     if model.on_leak == "exclude" and all(leak for leak, want in zip(leaks, wanted, strict=True) if want):
-        key = "data.mask" if config.data.mask is not None else "model.mask"
+        key, rule = "data.mask" if config.data.mask is not None else "model.mask", config.mask()[0]
         raise ConfigError(
             f"{key} {rule} shows every frame the one that it has to predict. Such targets are left out of the loss and "
             "none is left: use time_causal, or frame_causal for one stream. To train on copies all the same, set "

@@ -30,7 +30,7 @@ from .verify_shard import (
     local_shard,
     with_samples,
 )
-from .verify_totals import copy_problems, report_problems, run_is_unfinished, total_problems
+from .verify_totals import copy_problems, has_plan, has_report, missing_report, total_problems
 from .verify_video import Decode
 
 TIMEOUT_S = 3600.0  # for one shard
@@ -94,7 +94,8 @@ def verify_folder(
         raise ConfigError(f"{root} is remote and nothing is written there: repair a local copy and upload its indexes")
     remote = Remote(dict(storage_options or {}))
     places = find_places(root, remote)
-    unfinished = run_is_unfinished(root, remote)
+    reported = has_report(root, remote)
+    unfinished = not reported and has_plan(root, remote)
     job = _Job(places, VerifyReport(), repair_index, workers or usable_cores(), timeout_s, progress, unfinished)
     with tempfile.TemporaryDirectory(prefix="framestream-verify-") as scratch, Keys() as keys:
         tasks = [
@@ -107,7 +108,8 @@ def verify_folder(
             job.check_place(place, repeated.get(number, ()))
             job.report.problems += map(place.said, copy_problems(place, root))
     job.report.problems += total_problems(root, remote, job.report.checks)
-    job.report.problems += report_problems(root, remote, places)
+    if not reported:
+        job.report.problems += missing_report(places)
     if unfinished:
         job.report.problems.append(
             "a run of `framestream shard` has not come to its end here: give the same command once more, or the parts "

@@ -48,23 +48,29 @@ def total_problems(root: str, remote: Remote, checks: Sequence[tuple[Place, Shar
         )
 
 
-def run_is_unfinished(root: str, remote: Remote) -> bool:
-    """Whether a run of `framestream shard` has a plan in this folder, and no report yet."""
+def has_report(root: str, remote: Remote) -> bool:
+    """Whether there is a report of a run; also where that cannot be told, which is said where it is read."""
+    try:
+        return Place(root, "", {}, remote).read(REPORT_FILE, bytes) is not None
+    except ShardError:
+        return True
+
+
+def has_plan(root: str, remote: Remote) -> bool:
+    """Whether there is a plan of `framestream shard`."""
     if not is_url(root):
-        return Path(root, PLAN_FILE).exists() and not Path(root, REPORT_FILE).exists()
+        return Path(root, PLAN_FILE).exists()
     try:
         remote.size(f"{root}/{PLAN_FILE}")
-        return Place(root, "", {}, remote).read(REPORT_FILE, bytes) is None
     except ShardError:
         return False
+    return True
 
 
-def report_problems(root: str, remote: Remote, places: Sequence[Place]) -> Iterator[str]:
-    """A report that has to be there and is not: what `index.json` says of a whole run is a copy out of it."""
+def missing_report(places: Sequence[Place]) -> Iterator[str]:
+    """What is wrong with a set that has no report: what `index.json` says of a whole run is a copy out of one."""
     try:
-        if Place(root, "", {}, remote).read(REPORT_FILE, bytes) is None and any(
-            part(place.json(FOLDER_INDEX), "inputs") for place in places
-        ):
+        if any(part(place.json(FOLDER_INDEX), "inputs") for place in places):
             yield f"there is no {REPORT_FILE}, although the run that wrote {FOLDER_INDEX} wrote one, too."
     except ShardError:
         return  # told where each of them is checked

@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from framestream.pipeline.errors import SampleError
-from framestream.pipeline.probe import VideoInfo
 from framestream.pipeline.shard_writer import StreamedMember
 
-from .clips import Clip
 from .inputs import Source
 from .source_file import check_listed, open_regular, unreadable
 from .trees import local_version
@@ -24,21 +22,13 @@ class WholeFile:
     """A member of a tar (`StreamedMember`) whose bytes stay where they are until it is their turn.
 
     Attributes:
-        info: the video.
-        ext: its extension, without dot.
         num_bytes: of the file.
         sha256: of its bytes when it was looked at, in hexadecimal.
     """
 
-    clip: Clip
-    info: VideoInfo
-    ext: str
+    source: Source
     num_bytes: int
     sha256: str
-
-    @property
-    def source(self) -> Source:
-        return self.clip.source
 
     def blocks(self) -> Iterator[memoryview]:
         """The bytes, in order; each block is good until the next.
